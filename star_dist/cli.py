@@ -1,0 +1,39 @@
+"""What every command shares: errors of users end in one line, never in a traceback. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from star_dist.errors import UserError
+
+USER_ERROR_EXIT = 2
+INTERRUPTED_EXIT = 130
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Runs a command's `main` and exits: 0, or 2 with `error: …` on stderr for what the user can mend."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR_EXIT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED_EXIT)
+    sys.exit(0)
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """An argument parser that shows the module's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE` and `section.key=value` overrides, read by `star_dist.config.load_config`."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values of the config")

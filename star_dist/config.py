@@ -1,0 +1,478 @@
+"""Typed, strict run configuration: defaults in code <- JSON file <- dotted command-line overrides. Imports no torch.
+
+A key that no section knows is an error that names the nearest one; a wrong type is an error; sizes that do not fit
+together are an error with both values. Nothing is rounded or ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from star_dist.errors import UserError
+from star_dist.model.config import PositionEncoding, RopeConvention, StarConfig
+from star_dist.scales import ScaleSchedule
+from star_dist.tokenizer.config import VQVAEConfig
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used; the message names the option, its value and what to change."""
+
+
+# ---------------------------------------------------------------------------------------------------------- sections
+
+
+class ModelSection(Section):
+    """The transformer. `width` and `heads` default to 64 x depth and depth."""
+
+    depth: Positive
+    width: Positive | None = None
+    heads: Positive | None = None
+    ffn_ratio: Positive = 4
+    positions: PositionEncoding = "rope"
+    rope_convention: RopeConvention = "paper"
+    rope_theta: float = Field(10000.0, gt=0)
+    rope_extent: float = Field(64.0, gt=0)
+    cross_attention: bool = True
+    attention: Literal["auto", "sdpa", "reference"] = "auto"
+
+
+class TokenizerSection(Section):
+    """The frozen multi-scale VQ-VAE: a folder that `launcher/train_tokenizer.py` wrote, or the public checkpoint file.
+
+    The sizes are checked against the file; they stand here so that a dry run needs no file.
+    """
+
+    path: str
+    vocab_size: Positive = 4096
+    code_dim: Positive = 32
+    downsampling: Positive = 16
+
+
+class TextSection(Section):
+    """The frozen text encoder: a Hugging Face model id or folder (CLIP text, T5 or any encoder).
+
+    pooling: `auto` takes the model's own pooled output where it has one (CLIP: the end-of-text token), else the mean.
+    """
+
+    encoder: str = "stabilityai/stable-diffusion-2-1"
+    encoder_subfolder: str = "text_encoder"
+    tokenizer_subfolder: str = "tokenizer"
+    width: Positive = 1024
+    max_tokens: Positive = 77
+    pooling: Literal["auto", "pooler", "mean"] = "auto"
+
+
+class DataSection(Section):
+    """MDS shards. `remote` is where they live (a folder or `s3://`), `local` the cache; a local data set has no remote.
+
+    num_canonical_nodes, shuffle_algorithm, shuffle_block_size and the run's seed fix the order of the samples
+    whatever the number of GPUs (mosaicml-streaming's elastic determinism).
+    text_features: read the features stored in the shards in place of running the text encoder.
+    """
+
+    remote: str | None = None
+    local: str
+    train_split: str = "train"
+    validation_split: str | None = "val"
+    text_features: bool = False
+    shuffle: bool = True
+    shuffle_algorithm: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = "py1e"
+    shuffle_block_size: Positive | None = None
+    num_canonical_nodes: Positive = 64
+    num_workers: Count = 4
+    prefetch_batches: Positive = 4
+    cache_limit: str | None = None
+    download_timeout_s: Positive = 60
+    download_retry: Count = 2
+
+
+class TrainSection(Section):
+    """steps: optimizer steps. global_batch, micro_batch: pictures per step over all GPUs, and per GPU and forward pass.
+
+    init_from: an exported folder whose weights start the run (256 -> 512 -> 1024).
+    omp_threads: CPU threads of each rank, pinned because float sums depend on it; null leaves the launcher's choice.
+    """
+
+    steps: Positive
+    global_batch: Positive
+    micro_batch: Positive
+    caption_dropout: Fraction = 0.1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    init_from: str | None = None
+    omp_threads: Positive | None = None
+
+
+class OptimizerSection(Section):
+    """AdamW. The rate rises linearly for `warmup_steps`, then follows `schedule` down to `final_fraction` of the peak."""
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    gradient_clipping: float = Field(1.0, gt=0)
+    warmup_steps: Count = 0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    final_fraction: Fraction = 0.1
+
+
+class CheckpointSection(Section):
+    """every: steps between checkpoints; the last step always writes one. keep_last: older complete ones are removed.
+
+    resume_step: `null` takes the newest complete checkpoint of the run folder, a number demands that one.
+    """
+
+    every: Positive = 1000
+    keep_last: Positive = 3
+    resume_step: Count | None = None
+
+
+class ValidationSection(Section):
+    """every: steps between validations, 0 for none. num_samples: held-out pictures taken each time, the same ones."""
+
+    every: Count = 1000
+    num_samples: Positive = 1024
+
+
+class SamplesSection(Section):
+    """Pictures drawn during training: `every` steps (0 for none), one per prompt, always with the same seed."""
+
+    every: Count = 1000
+    prompts: tuple[str, ...] = ()
+    guidance: float = 4.0
+    top_k: Count = 0
+    top_p: Fraction = 0.0
+    seed: int = 0
+
+
+class LoggingSection(Section):
+    """every: steps between lines of metrics.jsonl and of W&B. wandb: online, offline or off.
+
+    peak_tflops: the device's dense peak that MFU is measured against; null takes a table of GPUs, or on a CPU a
+    measured matrix product.
+    """
+
+    every: Positive = 10
+    wandb: Literal["online", "offline", "off"] = "off"
+    wandb_project: str = "star-dist"
+    peak_tflops: float | None = Field(None, gt=0)
+
+
+# What star-dist derives from the sections above; setting it again in `deepspeed` would contradict the run's own config.
+DERIVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "zero_optimization.stage": "train.zero_stage",
+    "steps_per_print": "logging.every",
+    "wandb": "logging.wandb",
+}
+
+
+class RunConfig(Section):
+    """One training run; written to the run folder before step 1 and into every checkpoint."""
+
+    name: str = "star"
+    run_dir: str
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    resolution: Positive
+    scales: tuple[Positive, ...]
+    model: ModelSection
+    tokenizer: TokenizerSection
+    text: TextSection = TextSection()
+    data: DataSection
+    train: TrainSection
+    optimizer: OptimizerSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    validation: ValidationSection = ValidationSection()
+    samples: SamplesSection = SamplesSection()
+    logging: LoggingSection = LoggingSection()
+    deepspeed: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> RunConfig:
+        schedule = self.schedule  # raises for scales that do not start with 1 or do not grow
+        if schedule.resolution(self.tokenizer.downsampling) != self.resolution:
+            raise ValueError(
+                f"resolution {self.resolution} is not the last of scales ({schedule.latent_side}) x "
+                f"tokenizer.downsampling ({self.tokenizer.downsampling}) = "
+                f"{schedule.resolution(self.tokenizer.downsampling)}; change one of them"
+            )
+        self.star_config()
+        if self.train.global_batch % self.train.micro_batch:
+            raise ValueError(
+                f"train.global_batch {self.train.global_batch} is not a multiple of train.micro_batch "
+                f"{self.train.micro_batch}; change one of them"
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than train.steps {self.train.steps}; "
+                f"change one of them"
+            )
+        if self.validation.every and self.data.validation_split is None:
+            raise ValueError(
+                f"validation.every is {self.validation.every} but data.validation_split is null; name the split or "
+                f"set validation.every to 0"
+            )
+        for key, source in DERIVED_DEEPSPEED_KEYS.items():
+            if _lookup(self.deepspeed, key) is not None:
+                raise ValueError(f"deepspeed.{key} is derived from {source}; set it there and remove it here")
+        return self
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return ScaleSchedule(self.scales)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all GPUs: the denominator of the loss."""
+        return self.train.global_batch * self.schedule.num_tokens
+
+    def star_config(self) -> StarConfig:
+        """The transformer's architecture."""
+        return StarConfig(
+            scales=self.scales,
+            vocab_size=self.tokenizer.vocab_size,
+            code_dim=self.tokenizer.code_dim,
+            text_width=self.text.width,
+            **self.model.model_dump(exclude={"attention"}),
+        )
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of one optimizer step on each of `world_size` ranks.
+
+        Raises:
+            ConfigError: the global batch does not divide.
+        """
+        per_round = self.train.micro_batch * world_size
+        if self.train.global_batch % per_round:
+            raise ConfigError(
+                f"train.global_batch {self.train.global_batch} is not a multiple of train.micro_batch "
+                f"{self.train.micro_batch} x {world_size} ranks = {per_round}; change one of them"
+            )
+        return self.train.global_batch // per_round
+
+    def deepspeed_config(self, world_size: int) -> dict[str, Any]:
+        """The DeepSpeed configuration that follows from this run, with the `deepspeed` section's knobs added."""
+        derived: dict[str, Any] = {
+            "train_batch_size": self.train.global_batch,
+            "train_micro_batch_size_per_gpu": self.train.micro_batch,
+            "gradient_accumulation_steps": self.accumulation_steps(world_size),
+            "gradient_clipping": self.optimizer.gradient_clipping,
+            "bf16": {"enabled": self.train.precision == "bf16"},
+            "zero_optimization": {"stage": self.train.zero_stage},
+            "steps_per_print": 2**31,  # metrics.jsonl is the record; DeepSpeed's own prints only repeat it
+        }
+        return _merge(self.deepspeed, derived)
+
+
+class TokenizerLossSection(Section):
+    """Weights of the tokenizer's losses. perceptual and adversarial are off at 0.
+
+    vgg16_weights: torchvision's VGG-16 state dict for the perceptual term. adversarial_start: first step at which the
+    discriminator's judgement reaches the decoder.
+    """
+
+    l1: float = Field(1.0, ge=0)
+    l2: float = Field(1.0, ge=0)
+    commitment: float = Field(0.25, ge=0)
+    perceptual: float = Field(0.0, ge=0)
+    vgg16_weights: str | None = None
+    adversarial: float = Field(0.0, ge=0)
+    adversarial_start: Count = 0
+
+
+class TokenizerDataSection(Section):
+    """A folder of pictures (see `data_prep.sources.folder`)."""
+
+    pictures: str
+    num_workers: Count = 2
+    horizontal_flip: bool = True
+
+
+class TokenizerTrainConfig(Section):
+    """One training run of the multi-scale VQ-VAE.
+
+    restart_codes_every: steps between moving codes that nobody used onto cells of the current batch, 0 for never.
+    """
+
+    run_dir: str
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    resolution: Positive
+    tokenizer: VQVAEConfig
+    data: TokenizerDataSection
+    loss: TokenizerLossSection = TokenizerLossSection()
+    steps: Positive
+    global_batch: Positive
+    learning_rate: float = Field(gt=0)
+    final_fraction: Fraction = 0.02
+    warmup_steps: Count = 50
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: float = Field(0.01, ge=0)
+    gradient_clipping: float = Field(1.0, gt=0)
+    restart_codes_every: Count = 0
+    checkpoint_every: Positive = 500
+    log_every: Positive = 50
+    sample_pictures: Count = 32
+
+    @model_validator(mode="after")
+    def _sizes_fit_together(self) -> TokenizerTrainConfig:
+        resolution = self.schedule.resolution(self.tokenizer.downsampling)
+        if resolution != self.resolution:
+            raise ValueError(
+                f"resolution {self.resolution} is not the last of tokenizer.scales ({self.schedule.latent_side}) x the "
+                f"downsampling of {len(self.tokenizer.channel_multipliers)} tokenizer.channel_multipliers "
+                f"({self.tokenizer.downsampling}) = {resolution}; change one of them"
+            )
+        if self.loss.perceptual and self.loss.vgg16_weights is None:
+            raise ValueError(f"loss.perceptual is {self.loss.perceptual} but loss.vgg16_weights is null; give the file")
+        return self
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return ScaleSchedule(self.tokenizer.scales)
+
+
+class PrepConfig(Section):
+    """One tokenization job: a source of captioned pictures to an MDS data set (`python -m data_prep.tokenize`).
+
+    validation_fraction: pictures held out, chosen by a hash of their key, so that the choice never depends on order.
+    text_features: also store the features of this text encoder; null stores captions alone.
+    """
+
+    source: dict[str, Any]
+    output: str
+    tokenizer: str
+    resolution: Positive
+    scales: tuple[Positive, ...]
+    validation_fraction: Fraction = 0.0
+    text_features: TextSection | None = None
+    batch: Positive = 64
+    min_side: Count = 0
+    max_caption_chars: Positive = 2000
+    shard_size_bytes: Positive = 64 * 2**20
+    attribution: str = ""
+
+    @model_validator(mode="after")
+    def _scales_are_a_schedule(self) -> PrepConfig:
+        _ = self.schedule
+        return self
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return ScaleSchedule(self.scales)
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+AnyConfig = TypeVar("AnyConfig", bound=Section)
+
+
+def load_config(kind: type[AnyConfig], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> AnyConfig:
+    """Reads a JSON file, applies `section.key=value` overrides (values are JSON, or else plain strings), validates.
+
+    Raises:
+        ConfigError: no such file, no JSON, an unknown key, a wrong type, or values that do not fit together.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold one JSON object, got {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(kind, values, source=str(path))
+
+
+def parse_config(kind: type[AnyConfig], values: dict[str, Any], source: str = "config") -> AnyConfig:
+    """Validates values that are already in memory; `source` names them in errors (see `load_config`)."""
+    try:
+        return kind.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        lines = [_describe(kind, problem) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def dump_config(config: Section) -> str:
+    """The complete configuration, defaults included, as JSON text."""
+    return config.model_dump_json(indent=2)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    for depth, name in enumerate(sections):
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+    values[last] = value
+
+
+def _describe(kind: type[Section], problem: Any) -> str:
+    """One validation problem of pydantic as a sentence with the dotted key and the value."""
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        nearest = difflib.get_close_matches(location, _dotted_keys(kind), n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        return f"unknown key {location}{hint}"
+    if problem["type"] == "missing":
+        return f"{location} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    value = json.dumps(problem["input"], default=str)
+    return f"{location}: {message[0].lower()}{message[1:]}, got {value if len(value) < 80 else value[:77] + '...'}"
+
+
+def _dotted_keys(kind: Any, prefix: str = "") -> list[str]:
+    fields = getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", None) or {}
+    keys = []
+    for name, field in fields.items():
+        keys.append(prefix + name)
+        annotation = getattr(field, "annotation", None)
+        keys += _dotted_keys(annotation, f"{prefix}{name}.") if isinstance(annotation, type) else []
+    return keys
+
+
+def _lookup(values: dict[str, Any], dotted: str) -> Any:
+    for name in dotted.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged

@@ -1,0 +1,1 @@
+"""Captioned token maps: their format in MDS shards, and streaming them into training."""

@@ -1,0 +1,1 @@
+"""The STAR transformer: single-device code that imports torch only."""

@@ -1,0 +1,106 @@
+"""The transformer block of STAR: self-attention, cross-attention to the text, feed-forward, each behind a LayerNorm.
+
+T image tokens of the batch, S text tokens, D width, H heads, d channels of a head. Parameter names are those of the
+public checkpoints (golden/star_official_layout.json).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from star_dist.model.attention import AttentionContext, KeyValue
+from star_dist.model.config import StarConfig
+from star_dist.model.rope import Rotary, rotate
+
+LAYER_NORM_EPS = 1e-6
+MAX_QUERY_SCALE = 100.0
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without learned scale and shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+
+
+class NormalizedHeads(nn.Module):
+    """What self- and cross-attention share: q and k of unit length per head, q times a learned factor per head."""
+
+    def __init__(self, config: StarConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.scale_mul_1H11 = nn.Parameter(torch.empty(1, config.heads, 1, 1))
+        self.q_bias = nn.Parameter(torch.empty(config.width))
+        self.v_bias = nn.Parameter(torch.empty(config.width))
+        self.proj = nn.Linear(config.width, config.width)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def normalize_query(self, query_THd: Tensor, dtype: torch.dtype) -> Tensor:
+        factor_H1 = self.scale_mul_1H11.float().clamp(max=math.log(MAX_QUERY_SCALE)).exp().view(self.heads, 1)
+        return (F.normalize(query_THd.float(), dim=-1) * factor_H1).to(dtype)
+
+
+def normalize_key(key_THd: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.normalize(key_THd.float(), dim=-1).to(dtype)
+
+
+class SelfAttention(NormalizedHeads):
+    def __init__(self, config: StarConfig) -> None:
+        super().__init__(config)
+        self.mat_qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+
+    def forward(self, x_TD: Tensor, *, layer: int, rotary: Rotary | None, context: AttentionContext) -> Tensor:
+        query, key, value = self.mat_qkv(x_TD).chunk(3, dim=-1)
+        query, key, value = map(self.split_heads, (query + self.q_bias, key, value + self.v_bias))
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        query, key = self.normalize_query(query, value.dtype), normalize_key(key, value.dtype)
+        return self.proj(context.attend_image(layer, query, key, value).flatten(-2))
+
+
+class CrossAttention(NormalizedHeads):
+    def __init__(self, config: StarConfig) -> None:
+        super().__init__(config)
+        self.mat_q = nn.Linear(config.width, config.width, bias=False)
+        self.mat_kv = nn.Linear(config.text_width, 2 * config.width, bias=False)
+
+    def text_key_value(self, text_SC: Tensor) -> KeyValue:
+        """Keys and values of the text tokens, (S, H, d) each."""
+        key, value = self.mat_kv(text_SC).chunk(2, dim=-1)
+        value = self.split_heads(value + self.v_bias)
+        return normalize_key(self.split_heads(key), value.dtype), value
+
+    def forward(self, x_TD: Tensor, text_SC: Tensor, *, layer: int, context: AttentionContext) -> Tensor:
+        query = self.normalize_query(self.split_heads(self.mat_q(x_TD) + self.q_bias), x_TD.dtype)
+        key_value: Callable[[], KeyValue] = lambda: self.text_key_value(text_SC)
+        return self.proj(context.attend_text(layer, query, key_value).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: StarConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.ffn_ratio * config.width)
+        self.fc2 = nn.Linear(config.ffn_ratio * config.width, config.width)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_TD), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: StarConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attn = SelfAttention(config)
+        self.cross_attn = CrossAttention(config) if config.cross_attention else None
+        self.ffn = FeedForward(config)
+
+    def forward(self, x_TD: Tensor, text_SC: Tensor, *, rotary: Rotary | None, context: AttentionContext) -> Tensor:
+        x_TD = x_TD + self.attn(layer_norm(x_TD), layer=self.layer, rotary=rotary, context=context)
+        if self.cross_attn is not None:
+            x_TD = x_TD + self.cross_attn(layer_norm(x_TD), text_SC, layer=self.layer, context=context)
+        return x_TD + self.ffn(layer_norm(x_TD))

@@ -1,0 +1,104 @@
+"""Frozen text encoders: captions to per-token features and a pooled vector, packed without padding.
+
+B captions, S text tokens of the batch, W text width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from star_dist.config import TextSection
+from star_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """hidden_SW: features of all captions' tokens, one caption after another. pooled_BW. lengths: tokens per caption."""
+
+    hidden_SW: Tensor
+    pooled_BW: Tensor
+    lengths: tuple[int, ...]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Features (tokens, W) and pooled vector (W,) of one caption."""
+        start = sum(self.lengths[:index])
+        return self.hidden_SW[start : start + self.lengths[index]], self.pooled_BW[index]
+
+    @classmethod
+    def pack(cls, captions: Sequence[tuple[Tensor, Tensor]]) -> TextFeatures:
+        """Packs per-caption (hidden, pooled) pairs."""
+        hidden, pooled = zip(*captions)
+        return cls(torch.cat(hidden), torch.stack(pooled), tuple(len(tokens) for tokens in hidden))
+
+
+class TextEncoder:
+    """Any Hugging Face text encoder: CLIP text models, T5 encoders, BERT-like encoders.
+
+    Raises:
+        UserError: the model cannot be found, or its width is not the configured one.
+    """
+
+    def __init__(self, config: TextSection, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.config = config
+        self.device = device
+        self.tokenizer, self.model = _load(config, dtype)
+        self.model.to(device).eval().requires_grad_(False)
+        width = getattr(self.model.config, "hidden_size", None) or self.model.config.d_model
+        if width != config.width:
+            raise UserError(f"text encoder {config.encoder} has width {width}, text.width is {config.width}; change one")
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> TextFeatures:
+        """Encodes captions; longer ones are cut at `text.max_tokens`."""
+        batch = self.tokenizer(
+            list(captions),
+            padding=True,
+            truncation=True,
+            max_length=self.config.max_tokens,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask_BS = batch["attention_mask"].bool()
+        lengths = tuple(mask_BS.sum(1).tolist())
+        ids, mask_BS = batch["input_ids"].to(self.device), mask_BS.to(self.device)
+        output = self.model(input_ids=ids, attention_mask=mask_BS.long())
+        hidden_BSW = output.last_hidden_state
+        return TextFeatures(hidden_BSW[mask_BS], self._pool(output, hidden_BSW, mask_BS), lengths)
+
+    def _pool(self, output: object, hidden_BSW: Tensor, mask_BS: Tensor) -> Tensor:
+        is_clip = self.model.config.model_type.startswith("clip")
+        if self.config.pooling == "pooler" or (self.config.pooling == "auto" and is_clip):
+            pooled = getattr(output, "pooler_output", None)
+            if pooled is None:
+                raise UserError(f"text.pooling is pooler, but {self.config.encoder} has no pooled output; use mean")
+            return pooled
+        weights_BS1 = mask_BS.unsqueeze(-1).to(hidden_BSW.dtype)
+        return (hidden_BSW * weights_BS1).sum(1) / weights_BS1.sum(1)
+
+
+def _load(config: TextSection, dtype: torch.dtype):
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn on every start
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    special = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+    try:
+        model_type = AutoConfig.from_pretrained(config.encoder, subfolder=config.encoder_subfolder).model_type
+        tokenizer = AutoTokenizer.from_pretrained(config.encoder, subfolder=config.tokenizer_subfolder)
+        model = special.get(model_type, AutoModel).from_pretrained(
+            config.encoder, subfolder=config.encoder_subfolder, dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"text encoder {config.encoder!r} could not be loaded: {reason} "
+            f"(text.encoder takes a Hugging Face id or a local folder)"
+        ) from None
+    tokenizer.padding_side = "right"
+    return tokenizer, model

@@ -1,0 +1,109 @@
+"""Training losses of the tokenizer: reconstruction, quantization, and the optional perceptual and adversarial terms.
+
+Shapes: B batch, C code dimension, V codebook size, H latent side; pictures are (B, 3, side, side) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from star_dist.scales import ScaleSchedule
+from star_dist.tokenizer.quantizer import MultiScaleQuantizer
+
+
+@dataclass
+class Quantized:
+    """latent: straight-through quantized latent (B, C, H, H). loss: scalar. hits_SV: how often each scale took each code."""
+
+    latent: Tensor
+    loss: Tensor
+    hits_SV: Tensor
+
+
+def quantize_for_training(
+    quantizer: MultiScaleQuantizer, latent_BCHH: Tensor, schedule: ScaleSchedule, commitment: float
+) -> Quantized:
+    """Quantizes with gradients: straight-through to the encoder, VQ loss of every partial sum to codebook and phi.
+
+    The loss is the mean over scales of `mse(partial sum, latent)` for codebook and phi, plus `commitment` times the
+    same distance for the encoder (VAR, section 3.2; van den Oord et al. 2017, equation 3).
+    """
+    latent_BCHH = latent_BCHH.float()
+    target_BCHH = latent_BCHH.detach()
+    partial_BCHH = torch.zeros_like(target_BCHH)
+    loss = latent_BCHH.new_zeros(())
+    hits = []
+    for tokens_BN, contribution_BCHH in quantizer.residual_steps(latent_BCHH, schedule):
+        partial_BCHH = partial_BCHH + contribution_BCHH
+        loss = loss + F.mse_loss(partial_BCHH, target_BCHH)
+        loss = loss + commitment * F.mse_loss(latent_BCHH, partial_BCHH.detach())
+        hits.append(torch.bincount(tokens_BN.flatten(), minlength=quantizer.vocab_size).float())
+    straight_through_BCHH = latent_BCHH + (partial_BCHH.detach() - target_BCHH)
+    return Quantized(straight_through_BCHH, loss / len(schedule), torch.stack(hits))
+
+
+class PerceptualLoss(nn.Module):
+    """Distance between VGG-16 features of two pictures (Johnson et al. 2016), averaged over four depths.
+
+    Raises:
+        ValueError: the weights file is missing or is not torchvision's VGG-16.
+    """
+
+    LAYERS = (3, 8, 15, 22)  # relu1_2, relu2_2, relu3_3, relu4_3 in torchvision's vgg16().features
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        from torchvision.models import vgg16
+
+        if not weights.is_file():
+            raise ValueError(f"perceptual loss needs torchvision's VGG-16 state dict; {weights} does not exist")
+        network = vgg16()
+        try:
+            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{weights} is not torchvision's VGG-16 state dict: {error}") from None
+        self.features = network.features[: self.LAYERS[-1] + 1].eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor, target: Tensor) -> Tensor:
+        x = (torch.cat([image, target]) * 0.5 + 0.5 - self.mean) / self.std
+        distance = image.new_zeros(())
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.LAYERS:
+                features, target_features = F.normalize(x, dim=1).chunk(2)
+                distance = distance + (features - target_features).square().sum(1).mean()
+        return distance / len(self.LAYERS)
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Judges overlapping patches of a picture as real or decoded (PatchGAN, Isola et al. 2017)."""
+
+    def __init__(self, channels: int = 64, num_downsamplings: int = 3) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for i in range(1, num_downsamplings + 1):
+            wider = min(2 * width, 8 * channels)
+            stride = 2 if i < num_downsamplings else 1
+            layers += [nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False)]
+            layers += [nn.GroupNorm(32 if wider % 32 == 0 else 1, wider), nn.LeakyReLU(0.2)]
+            width = wider
+        super().__init__(*layers, nn.Conv2d(width, 1, 4, padding=1))
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss of the discriminator."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+
+
+def adversarial_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_weight: Tensor) -> Tensor:
+    """Weight at which both losses pull equally on the decoder's last layer (VQGAN, Esser et al. 2021, equation 7)."""
+    (reconstruction_gradient,) = torch.autograd.grad(reconstruction_loss, last_weight, retain_graph=True)
+    (adversarial_gradient,) = torch.autograd.grad(adversarial_loss, last_weight, retain_graph=True)
+    return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0, 1e4).detach()
