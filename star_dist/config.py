@@ -64,7 +64,7 @@ class TokenizerSection(Section):
 
 
 class TextSection(Section):
-    """The frozen text encoder: a Hugging Face model id or folder (CLIP text, T5 or any encoder).
+    """The frozen text encoder: a Hugging Face model id, a folder, or `package:NAME/FOLDER` (CLIP text, T5, any encoder).
 
     pooling: `auto` takes the model's own pooled output where it has one (CLIP: the end-of-text token), else the mean.
     """

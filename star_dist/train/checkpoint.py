@@ -1,0 +1,172 @@
+"""Checkpoints on disk: complete or absent. Imports no torch, so that status commands can read them at once.
+
+    RUN/checkpoints/step_00001000/    the engine's files
+                    …/complete.json   the marker: written last, removed first; sizes of all files, the run's config
+
+A folder without marker is what a killed save left behind; the next save of that step starts it anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from star_dist.config import RunConfig
+from star_dist.errors import UserError
+
+MARKER = "complete.json"
+
+# What may change between a checkpoint and the run that goes on from it: nothing here changes what is computed from
+# the same position on, except train.steps, which stretches the learning-rate schedule, and train.micro_batch and
+# model.attention, which change the order of float sums.
+MAY_CHANGE = (
+    "name",
+    "run_dir",
+    "checkpoint",
+    "validation",
+    "samples",
+    "logging",
+    "data.remote",
+    "data.local",
+    "data.num_workers",
+    "data.prefetch_batches",
+    "data.cache_limit",
+    "data.download_timeout_s",
+    "data.download_retry",
+    "tokenizer.path",  # the weights behind it are compared by the data set's hash
+    "train.steps",
+    "train.micro_batch",
+    "train.init_from",
+    "train.omp_threads",
+    "model.attention",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: optimizer steps done, and by how many ranks it was written."""
+
+    path: Path
+    step: int
+    world_size: int
+    config: dict[str, Any]
+
+
+class CheckpointFolder:
+    """All checkpoints of a run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.root = run_dir / "checkpoints"
+
+    def path(self, step: int) -> Path:
+        return self.root / f"step_{step:08d}"
+
+    def complete_steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        if not self.root.is_dir():
+            return []
+        matches = (re.fullmatch(r"step_(\d{8,})", path.name) for path in self.root.iterdir())
+        return sorted(int(match[1]) for match in matches if match and (self.root / match[0] / MARKER).is_file())
+
+    def find(self, step: int | None) -> Checkpoint | None:
+        """The checkpoint of a step, or with None the newest complete one, if there is any.
+
+        Raises:
+            UserError: the demanded step has no complete checkpoint, or a file is missing or cut short.
+        """
+        steps = self.complete_steps()
+        if step is None:
+            return self._open(steps[-1]) if steps else None
+        if step not in steps:
+            raise UserError(f"checkpoint.resume_step is {step}, but {self.root} has complete checkpoints {steps}")
+        return self._open(step)
+
+    def _open(self, step: int) -> Checkpoint:
+        path = self.path(step)
+        marker = json.loads((path / MARKER).read_text())
+        for name, size in marker["files"].items():
+            found = (path / name).stat().st_size if (path / name).is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes"
+                others = [other for other in self.complete_steps() if other != step]
+                raise UserError(
+                    f"checkpoint {path} is damaged: {name} {state}, its marker says {size}; set checkpoint.resume_step to "
+                    f"another complete one ({others}) or remove the folder"
+                )
+        return Checkpoint(path, step, marker["world_size"], marker["config"])
+
+    def begin(self, step: int) -> Path:
+        """An empty folder for a step's files; what an earlier save left there is removed, marker first."""
+        self._remove(step)
+        path = self.path(step)
+        path.mkdir(parents=True)
+        return path
+
+    def complete(self, step: int, world_size: int, config: RunConfig) -> None:
+        """Writes the marker, after all ranks have written and flushed their files."""
+        path = self.path(step)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            _sync(file)
+        marker = {
+            "step": step,
+            "world_size": world_size,
+            "files": {str(file.relative_to(path)): file.stat().st_size for file in files},
+            "config": json.loads(config.model_dump_json()),
+        }
+        partial = path / f"{MARKER}.partial"
+        partial.write_text(json.dumps(marker, indent=2))
+        _sync(partial)
+        os.replace(partial, path / MARKER)
+        _sync(path)
+
+    def keep_last(self, count: int) -> None:
+        """Removes all but the newest `count` complete checkpoints."""
+        for step in self.complete_steps()[:-count]:
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        (self.path(step) / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(self.path(step), ignore_errors=True)
+
+
+def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
+    """Compares a checkpoint's config with the run's; returns the accepted differences as sentences.
+
+    Raises:
+        UserError: a difference that would make it another training, with both values.
+    """
+    stored, current = flatten(checkpoint.config), flatten(json.loads(config.model_dump_json()))
+    accepted = []
+    for key in sorted(stored.keys() | current.keys()):
+        before, now = stored.get(key), current.get(key)
+        if before == now:
+            continue
+        if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):
+            raise UserError(
+                f"checkpoint {checkpoint.path} was written with {key} = {json.dumps(before)}, the run has "
+                f"{json.dumps(now)}; restore the value or start another run_dir"
+            )
+        accepted.append(f"{key}: {json.dumps(before)} -> {json.dumps(now)}")
+    return accepted
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,177 @@
+"""The only module that imports DeepSpeed: process group, partitioned model, optimizer step, sharded checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from star_dist.config import RunConfig
+from star_dist.errors import UserError
+from star_dist.model.initialization import initialize_weights
+from star_dist.model.star import STAR
+from star_dist.process import ProcessInfo
+from star_dist.train.checkpoint import Checkpoint
+from star_dist.train.optim import build_optimizer, parameter_groups
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+
+MODEL_TAG = "engine"
+
+
+class Engine:
+    """A STAR model under DeepSpeed. Frozen modules (tokenizer, text encoder) stay outside.
+
+    Built from the run's config: weights are made partitioned (`zero.Init`), so a host never holds the whole model.
+    """
+
+    def __init__(self, config: RunConfig, process: ProcessInfo, initial_weights: dict[str, Tensor] | None = None) -> None:
+        deepspeed_logger.setLevel(logging.WARNING)
+        self.config = config
+        self.process = process
+        self.device = _device(process)
+        _initialize_process_group()
+        settings = config.deepspeed_config(process.world_size)
+        partitioned = config.train.zero_stage == 3
+        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=partitioned):
+            model = STAR(config.star_config(), config.model.attention)
+        if not partitioned:
+            model.to(self.device)
+        gather = lambda parameter: deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned)  # noqa: E731
+        if initial_weights is None:
+            initialize_weights(model, config.seed, gather)
+        else:
+            load_weights(model, initial_weights, gather)
+        groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
+        optimizer = build_optimizer(groups, config.optimizer, self.device)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+
+    @property
+    def model(self) -> STAR:
+        return self._engine.module
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self._engine(*inputs, **options)
+
+    def train(self, training: bool = True) -> None:
+        self._engine.train(training)
+
+    def backward(self, loss_sum: Tensor) -> None:
+        """Adds the gradient of this micro-batch's summed token losses, over the tokens of the whole global step.
+
+        DeepSpeed averages over ranks, so the mean over all tokens of the step needs the factor world_size.
+        """
+        loss = loss_sum * (self.process.world_size / self.config.tokens_per_step)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> None:
+        """Ends a micro-batch; at the accumulation boundary updates the weights, or skips a step that is not finite."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps skipped because a gradient was not finite."""
+        return self._engine.skipped_steps
+
+    def gradient_norm(self) -> float | None:
+        """Norm over all parameters of the last step's gradient before clipping; None if that step was skipped."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        torch.distributed.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, path: Path) -> None:
+        """Writes this rank's part; returns when all ranks have written theirs."""
+        self._engine.save_checkpoint(str(path), tag=MODEL_TAG, save_latest=False)
+        self.barrier()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Restores weights, optimizer and counters.
+
+        Raises:
+            UserError: the checkpoint was written by another number of ranks.
+        """
+        if checkpoint.world_size != self.process.world_size:
+            raise UserError(
+                f"checkpoint {checkpoint.path} was written by {checkpoint.world_size} ranks, this run has "
+                f"{self.process.world_size}; resume with {checkpoint.world_size}, or start another run from an export of "
+                f"it with train.init_from"
+            )
+        loaded, _ = self._engine.load_checkpoint(str(checkpoint.path), tag=MODEL_TAG, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise UserError(f"checkpoint {checkpoint.path} cannot be read by DeepSpeed; resume from another one")
+
+    def full_weights(self) -> dict[str, Tensor] | None:
+        """All weights from the fp32 masters, on the CPU of rank 0 (None elsewhere). Every rank must call this.
+
+        One parameter at a time is whole on the device, so the peak is the model's fp32 size on one host.
+        """
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            full = parameter.detach() if full is None else full
+            if self.process.rank == 0:
+                weights[name] = full.detach().float().cpu().clone().view(_full_shape(parameter))
+        return weights if self.process.rank == 0 else None
+
+    def close(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], gather: Any) -> None:
+    """Copies weights by name into a model that may be partitioned; names and shapes have been checked before."""
+    for name, parameter in model.named_parameters():
+        with gather(parameter), torch.no_grad():
+            parameter.copy_(weights[name])
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _device(process: ProcessInfo) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(process.local_rank)
+    return torch.device("cuda", process.local_rank)
+
+
+def _initialize_process_group() -> None:
+    if torch.cuda.is_available():
+        deepspeed.init_distributed("nccl")
+        return
+    # DeepSpeed's shared-memory op for CPUs compiles for half a minute and leaks /dev/shm (deepspeed-notes.md).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+
+
+def consolidate(path: Path, tag: str = MODEL_TAG) -> dict[str, Tensor]:
+    """fp32 weights by name from the files that `Engine.save` wrote, for any ZeRO stage and number of ranks; on the CPU."""
+    if not list((path / tag).glob("*_optim_states.pt")):  # stage 0 keeps whole weights
+        states = torch.load(path / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+        return {name: tensor.float() for name, tensor in states["module"].items()}
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress line by line
+        return get_fp32_state_dict_from_zero_checkpoint(str(path), tag)

@@ -1,0 +1,151 @@
+"""What a run reports: metrics.jsonl always, Weights & Biases by choice, and a progress bar with the remaining time."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from star_dist.config import RunConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+# Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (without sparsity).
+GPU_PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H20": 148.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10G": 70.0,
+}
+
+
+class MetricsLog:
+    """Writes one line per report on rank 0; on other ranks it does nothing.
+
+    Lines of steps after `first_step` are removed when it opens: they were trained after the checkpoint that the run
+    goes on from, and will be trained again.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, first_step: int, *, enabled: bool) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        path = run_dir / METRICS_FILE
+        _drop_lines_after(path, first_step)
+        self.file = path.open("a")
+        self.bar = tqdm(
+            total=config.train.steps,
+            initial=first_step,
+            unit="step",
+            desc=f"train {config.name}",
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+        )
+        self.wandb = _start_wandb(config, run_dir)
+
+    def advance(self) -> None:
+        if self.enabled:
+            self.bar.update()
+
+    def report(self, step: int, values: dict[str, float | None]) -> None:
+        if not self.enabled:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if "loss/total" in values:
+            self.bar.set_postfix(
+                loss=f"{values['loss/total']:.3f}", images_per_s=f"{values['throughput/images_per_s']:.1f}", refresh=False
+            )
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def report_picture(self, step: int, name: str, path: Path) -> None:
+        if self.enabled and self.wandb is not None:
+            import wandb
+
+            self.wandb.log({name: wandb.Image(str(path))}, step=step)
+
+    def say(self, text: str) -> None:
+        """One line for people, above the progress bar."""
+        if self.enabled:
+            self.bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.enabled:
+            self.bar.close()
+            self.file.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def peak_flops(config: RunConfig, device: torch.device) -> tuple[float, str]:
+    """FLOP/s that MFU is measured against, and where the number comes from."""
+    if config.logging.peak_tflops is not None:
+        return config.logging.peak_tflops * 1e12, "logging.peak_tflops"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for gpu, tflops in GPU_PEAK_TFLOPS.items():
+            if gpu in name:
+                return tflops * 1e12, f"data sheet of {gpu}"
+    return measured_matmul_flops(device), "measured float32 matrix product"
+
+
+def measured_matmul_flops(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of a square float32 matrix product on this process's device."""
+    import time
+
+    a = torch.randn(size, size, device=device)
+    torch.mm(a, a).sum().item()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        product = torch.mm(a, a)
+    product.sum().item()
+    return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held at once: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue  # the line that a kill cut short
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
+    if config.logging.wandb == "off":
+        return None
+    import wandb
+
+    return wandb.init(
+        project=config.logging.wandb_project,
+        name=config.name,
+        id=config.name.replace("/", "-"),
+        resume="allow",
+        dir=str(run_dir),
+        mode=config.logging.wandb,
+        config=json.loads(config.model_dump_json()),
+    )

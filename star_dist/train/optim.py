@@ -1,0 +1,49 @@
+"""Parameter groups and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from star_dist.config import OptimizerSection
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two named groups: matrices of the blocks and projections decay; biases, scales and embeddings do not.
+
+    Every parameter is in exactly one group. Names decide, because under ZeRO-3 a parameter's own shape is empty.
+    """
+    groups = {
+        "decay": {"name": "decay", "params": [], "weight_decay": weight_decay},
+        "no_decay": {"name": "no_decay", "params": [], "weight_decay": 0.0},
+    }
+    for name, parameter in named_parameters:
+        is_matrix = name.endswith(".weight") and not name.startswith(("lvl_embed", "pos_embed"))
+        groups["decay" if is_matrix else "no_decay"]["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over the groups, in one fused kernel on a GPU."""
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=device.type == "cuda"
+    )
+
+
+def learning_rate(config: OptimizerSection, step: int, total_steps: int) -> float:
+    """Rate of optimizer step `step`, counted from 0 to total_steps - 1."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    shape = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[config.schedule]
+    if config.schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * shape)

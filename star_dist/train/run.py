@@ -1,0 +1,114 @@
+"""One training run from its configuration: checks everything cheap first, then builds and trains."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO
+
+from star_dist.config import RunConfig, dump_config
+from star_dist.errors import UserError
+from star_dist.process import ProcessInfo
+from star_dist.train.checkpoint import CheckpointFolder, check_same_run
+
+RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "safetensors", "numpy")
+
+
+def train(config: RunConfig, process: ProcessInfo) -> None:
+    """Trains `config` to its last step, from the newest complete checkpoint of its run folder if there is one.
+
+    Raises:
+        UserError: anything the user can mend: found before the model is built wherever that is possible.
+    """
+    run_dir = Path(config.run_dir)
+    lock = _claim_run_folder(run_dir) if process.rank == 0 else None
+    config.accumulation_steps(process.world_size)
+    checkpoint = CheckpointFolder(run_dir).find(config.checkpoint.resume_step)
+    changes = check_same_run(checkpoint, config) if checkpoint is not None else []
+
+    from star_dist.data.dataset import fetch_metadata
+    from star_dist.data.schema import check_matches
+    from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
+
+    tokenizer = load_tokenizer(Path(config.tokenizer.path))
+    metadata = fetch_metadata(config.data)
+    check_matches(metadata, config, tokenizer_hash(tokenizer))
+    weights = None
+    if config.train.init_from is not None and checkpoint is None:
+        from star_dist.export import initial_weights_from
+
+        weights = initial_weights_from(Path(config.train.init_from), config)
+
+    from star_dist.train.engine import Engine
+    from star_dist.train.trainer import Trainer
+
+    engine = Engine(config, process, weights)
+    try:
+        trainer = Trainer(config, engine, tokenizer, metadata, checkpoint)
+        if process.rank == 0:
+            _write_facts(run_dir, config, process, trainer)
+            _say_where_it_starts(trainer, changes)
+        trainer.run()
+    finally:
+        engine.close()
+        del lock
+
+
+def _claim_run_folder(run_dir: Path) -> IO[str]:
+    """Takes the run folder for this process; the kernel gives it back however the process ends.
+
+    Raises:
+        UserError: another training holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another training is running in {run_dir}; wait for it, or change run_dir") from None
+    return lock
+
+
+def _write_facts(run_dir: Path, config: RunConfig, process: ProcessInfo, trainer) -> None:
+    """The resolved config and the environment, before step 1."""
+    (run_dir / "config.json").write_text(dump_config(config) + "\n")
+    facts = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "python": sys.version.split()[0],
+        "packages": {name: version(name) for name in RECORDED_PACKAGES},
+        "git_commit": _git_commit(),
+        "world_size": process.world_size,
+        "device": str(trainer.device),
+        "first_step": trainer.first_step,
+        "attention_kernel": trainer.engine.model.attention,
+        "peak_flops": trainer.peak_flops,
+        "peak_flops_source": trainer.peak_source,
+        "command": sys.argv,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+    (run_dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _say_where_it_starts(trainer, changes: list[str]) -> None:
+    trainer.log.say(f"attention kernel: {trainer.engine.model.attention}")
+    if trainer.first_step:
+        trainer.log.say(f"going on from step {trainer.first_step} of {trainer.config.train.steps}")
+    for change in changes:
+        trainer.log.say(f"changed since the checkpoint: {change}")
+
+
+def _git_commit() -> str | None:
+    """Commit of the code, with a mark for uncommitted changes; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,246 @@
+"""The training loop. Read `Trainer.run` first; everything else is what it calls."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from star_dist.config import RunConfig
+from star_dist.data.dataset import (
+    HeldOutBatches,
+    MicroBatch,
+    TrainBatches,
+    drop_captions,
+    fetch_empty_caption,
+)
+from star_dist.data.schema import DatasetMetadata
+from star_dist.inference.grid import GridSection, draw_grid
+from star_dist.inference.pipeline import StarPipeline
+from star_dist.inference.sampler import SamplingOptions
+from star_dist.model.flops import training_flops
+from star_dist.model.layout import PackedLayout
+from star_dist.model.star import STAR, pack_inputs
+from star_dist.text import TextEncoder, TextFeatures
+from star_dist.tokenizer.vqvae import MultiScaleVQVAE
+from star_dist.train.checkpoint import Checkpoint, CheckpointFolder
+from star_dist.train.engine import Engine
+from star_dist.train.metrics import MetricsLog, peak_flops, peak_memory_bytes
+from star_dist.train.optim import learning_rate
+
+
+@dataclass
+class Totals:
+    """Sums since the last report. losses_K, correct_K: over the tokens of each of K scales, on the device."""
+
+    losses_K: Tensor
+    correct_K: Tensor
+    samples: int = 0
+    steps: int = 0
+    text_tokens: int = 0
+    data_wait_s: float = 0.0
+    started_s: float = field(default_factory=time.perf_counter)
+
+
+class Trainer:
+    """Trains a run from its newest checkpoint, or from the start, to `train.steps`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        tokenizer: MultiScaleVQVAE,
+        metadata: DatasetMetadata,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.rank, self.world_size = engine.process.rank, engine.process.world_size
+        self.device = engine.device
+        self.schedule = config.schedule
+        self.run_dir = Path(config.run_dir)
+        self.tokenizer = tokenizer.to(self.device)
+        self.text_encoder = None
+        if not config.data.text_features or config.samples.every:
+            self.text_encoder = TextEncoder(config.text, self.device, self._frozen_dtype())
+        self.empty_text = fetch_empty_caption(config.data) if config.data.text_features else None
+        self.train_batches = TrainBatches(config, metadata, self.world_size)
+        self.held_out = None
+        if config.validation.every:
+            self.held_out = HeldOutBatches(config, metadata, self.rank, self.world_size)
+        self.checkpoints = CheckpointFolder(self.run_dir)
+        self.first_step = 0
+        if checkpoint is not None:
+            engine.load(checkpoint)
+            self.first_step = checkpoint.step
+        self.log = MetricsLog(config, self.run_dir, self.first_step, enabled=self.rank == 0)
+        self.peak_flops, self.peak_source = peak_flops(config, self.device)
+
+    def run(self) -> None:
+        config = self.config
+        batches = self.train_batches.starting_at(self.first_step)
+        totals = self._new_totals()
+        gc.collect()
+        gc.disable()  # a collection on one rank keeps all others waiting; see _report
+        for step in range(self.first_step, config.train.steps):
+            for _ in range(self.train_batches.micro_batches_per_step):
+                batch = self._next_batch(batches, totals)
+                losses_T, correct_T = self._forward(batch, self._text(batch, step), totals)
+                self.engine.backward(losses_T.sum())
+                self.engine.step(learning_rate(config.optimizer, step, config.train.steps))
+                self._add(totals, losses_T, correct_T, len(batch))
+            done = step + 1
+            totals.steps += 1
+            self.log.advance()
+            if done % config.logging.every == 0 or done == config.train.steps:
+                self._report(done, totals)
+                totals = self._new_totals()
+            if self._due(config.validation.every, done):
+                self._validate(done)
+            if self._due(config.samples.every, done):
+                self._draw_samples(done)
+            if self._due(config.checkpoint.every, done):
+                self._save(done)
+        gc.enable()
+        self.log.close()
+
+    # ------------------------------------------------------------------------------------------- one micro-batch
+
+    def _next_batch(self, batches: Iterator[MicroBatch], totals: Totals) -> MicroBatch:
+        start = time.perf_counter()
+        batch = next(batches)
+        totals.data_wait_s += time.perf_counter() - start
+        return batch
+
+    def _text(self, batch: MicroBatch, step: int) -> TextFeatures:
+        """Text features of a training batch, with the captions that guidance training drops replaced by the empty one."""
+        rate = self.config.train.caption_dropout
+        dropped = drop_captions(batch.sample_ids, seed=self.config.seed, step=step, rate=rate)
+        if batch.features is None:
+            return self.text_encoder(["" if drop else caption for caption, drop in zip(batch.captions, dropped)])
+        return TextFeatures.pack(
+            [self.empty_text[0] if drop else features for features, drop in zip(batch.features, dropped)]
+        )
+
+    def _held_out_text(self, batch: MicroBatch) -> TextFeatures:
+        return self.text_encoder(batch.captions) if batch.features is None else TextFeatures.pack(batch.features)
+
+    def _forward(self, batch: MicroBatch, text: TextFeatures, totals: Totals | None = None) -> tuple[Tensor, Tensor]:
+        """Per-token losses and hits of a micro-batch; (T,) each."""
+        tokens_BL = batch.tokens_BL.to(self.device, non_blocking=True)
+        inputs_TC = pack_inputs(self.tokenizer.quantize.teacher_forcing_input(tokens_BL, self.schedule))
+        layout = PackedLayout.uniform(self.schedule, len(batch), text.lengths)
+        if totals is not None:
+            totals.text_tokens += sum(text.lengths)
+        hidden_SW, pooled_BW = text.hidden_SW.to(self.device), text.pooled_BW.to(self.device)
+        return self.engine(inputs_TC, hidden_SW, pooled_BW, tokens_BL.flatten(), layout=layout)
+
+    def _by_scale(self, values_T: Tensor, weights_B: Tensor | None = None) -> Tensor:
+        """Sums over the tokens of each scale; (T,) -> (K,)."""
+        values_BL = values_T.detach().float().unflatten(0, (-1, self.schedule.num_tokens))
+        if weights_B is not None:
+            values_BL = values_BL * weights_B[:, None]
+        return torch.stack([part.sum() for part in values_BL.split(self.schedule.lengths, dim=1)])
+
+    # ----------------------------------------------------------------------------------------------- reports
+
+    def _new_totals(self) -> Totals:
+        zeros = torch.zeros(len(self.schedule), device=self.device)
+        return Totals(zeros, zeros.clone())
+
+    def _add(self, totals: Totals, losses_T: Tensor, correct_T: Tensor, samples: int) -> None:
+        totals.losses_K += self._by_scale(losses_T)
+        totals.correct_K += self._by_scale(correct_T)
+        totals.samples += samples
+
+    def _due(self, every: int, done: int) -> bool:
+        return bool(every) and (done % every == 0 or done == self.config.train.steps)
+
+    def _loss_report(self, losses_K: Tensor, correct_K: Tensor, samples: float, group: str = "") -> dict[str, float]:
+        """Mean loss and accuracy, in total and by scale, from sums over all ranks."""
+        lengths = self.schedule.lengths
+        losses, correct = losses_K.tolist(), correct_K.tolist()
+        report = {
+            f"{group}loss/total": sum(losses) / (samples * sum(lengths)),
+            f"{group}accuracy/total": sum(correct) / (samples * sum(lengths)),
+        }
+        for side, length, loss, hits in zip(self.schedule.sides, lengths, losses, correct):
+            report[f"{group}loss/scale_{side}"] = loss / (samples * length)
+            report[f"{group}accuracy/scale_{side}"] = hits / (samples * length)
+        return report
+
+    def _report(self, done: int, totals: Totals) -> None:
+        """The only place of the loop where the host waits for the device."""
+        sums = torch.cat([totals.losses_K, totals.correct_K])
+        losses_K, correct_K = self.engine.all_reduce(sums).chunk(2)
+        samples = totals.samples * self.world_size
+        report = self._loss_report(losses_K, correct_K, samples)
+        elapsed_s = time.perf_counter() - totals.started_s
+        images_per_s = samples / elapsed_s
+        text_tokens = round(totals.text_tokens / totals.samples)
+        flops_per_image = training_flops(self.engine.model.config, self.schedule, text_tokens)
+        report |= {
+            "optim/learning_rate": learning_rate(self.config.optimizer, done - 1, self.config.train.steps),
+            "optim/grad_norm": self.engine.gradient_norm(),
+            "optim/skipped_steps": self.engine.skipped_steps,
+            "throughput/images_per_s": images_per_s,
+            "throughput/tokens_per_s": images_per_s * self.schedule.num_tokens,
+            "throughput/mfu": images_per_s * flops_per_image / (self.peak_flops * self.world_size),
+            "time/step_s": elapsed_s / totals.steps,
+            "time/data_wait": totals.data_wait_s / elapsed_s,
+            "memory/peak_bytes": peak_memory_bytes(self.device),
+        }
+        self.log.report(done, report)
+        gc.collect()
+
+    def _validate(self, done: int) -> None:
+        totals = self._new_totals()
+        self.engine.train(False)
+        with torch.no_grad():
+            for batch, weights_B in self.held_out:
+                losses_T, correct_T = self._forward(batch, self._held_out_text(batch))
+                weights_B = weights_B.to(self.device)
+                totals.losses_K += self._by_scale(losses_T, weights_B)
+                totals.correct_K += self._by_scale(correct_T, weights_B)
+        self.engine.train()
+        losses_K, correct_K = self.engine.all_reduce(torch.cat([totals.losses_K, totals.correct_K])).chunk(2)
+        self.log.report(done, self._loss_report(losses_K, correct_K, self.held_out.num_samples, "validation/"))
+
+    def _draw_samples(self, done: int) -> None:
+        """Draws the configured prompts on rank 0 with a whole copy of the weights; the other ranks wait."""
+        weights = self.engine.full_weights()
+        if self.rank == 0:
+            samples = self.config.samples
+            dtype = self._frozen_dtype()
+            with torch.device("meta"):
+                model = STAR(self.engine.model.config, self.config.model.attention)
+            model.load_state_dict({k: v.to(self.device, dtype) for k, v in weights.items()}, assign=True)
+            pipeline = StarPipeline(model.eval(), self.tokenizer, self.text_encoder)
+            options = SamplingOptions(samples.guidance, samples.top_k, samples.top_p)
+            pictures = pipeline(samples.prompts, samples.seed, options)
+            path = self.run_dir / "samples" / f"step_{done:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            cells = [([picture], prompt) for picture, prompt in zip(pictures, samples.prompts)]
+            draw_grid([GridSection(f"{self.config.name}, step {done}", cells)], columns=8).save(path)
+            self.log.report_picture(done, "samples", path)
+        self.engine.barrier()
+
+    def _save(self, done: int) -> None:
+        if self.rank == 0:
+            self.checkpoints.begin(done)
+        self.engine.barrier()
+        self.engine.save(self.checkpoints.path(done))
+        if self.rank == 0:
+            self.checkpoints.complete(done, self.world_size, self.config)
+            self.checkpoints.keep_last(self.config.checkpoint.keep_last)
+        self.engine.barrier()
+
+    def _frozen_dtype(self) -> torch.dtype:
+        """Precision of what is not trained: that of the run on a GPU, float32 on a CPU without fast bf16."""
+        on_gpu_in_bf16 = self.device.type == "cuda" and self.config.train.precision == "bf16"
+        return torch.bfloat16 if on_gpu_in_bf16 else torch.float32
