@@ -1,0 +1,1 @@
+"""Data preparation: sources of captioned pictures and the tokenization job that turns them into MDS shards."""
