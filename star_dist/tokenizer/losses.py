@@ -5,6 +5,7 @@ Shapes: B batch, C code dimension, V codebook size, H latent side; pictures are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from star_dist.errors import UserError
 from star_dist.scales import ScaleSchedule
 from star_dist.tokenizer.quantizer import MultiScaleQuantizer
+from star_dist.weights import check_names_and_shapes, read_weights
 
 
 @dataclass
 class Quantized:
-    """latent: straight-through quantized latent (B, C, H, H). loss: scalar. hits_SV: how often each scale took each code."""
+    """latent: straight-through quantized latent (B, C, H, H). loss: scalar. hits_SV: uses of a code by a scale."""
 
     latent: Tensor
     loss: Tensor
@@ -51,22 +54,23 @@ class PerceptualLoss(nn.Module):
     """Distance between VGG-16 features of two pictures (Johnson et al. 2016), averaged over four depths.
 
     Raises:
-        ValueError: the weights file is missing or is not torchvision's VGG-16.
+        UserError: torchvision is not installed, or the weights file is missing or is not torchvision's VGG-16.
     """
 
     LAYERS = (3, 8, 15, 22)  # relu1_2, relu2_2, relu3_3, relu4_3 in torchvision's vgg16().features
 
     def __init__(self, weights: Path) -> None:
         super().__init__()
-        from torchvision.models import vgg16
-
-        if not weights.is_file():
-            raise ValueError(f"perceptual loss needs torchvision's VGG-16 state dict; {weights} does not exist")
-        network = vgg16()
         try:
-            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{weights} is not torchvision's VGG-16 state dict: {error}") from None
+            from torchvision.models import vgg16
+        except ImportError:
+            raise UserError("loss.perceptual needs torchvision; install it, or set loss.perceptual to 0") from None
+
+        with torch.device("meta"):
+            network = vgg16()
+        state = read_weights(weights)
+        check_names_and_shapes(state, network.state_dict(), f"{weights} as torchvision's VGG-16 (loss.vgg16_weights)")
+        network.load_state_dict(state, assign=True)
         self.features = network.features[: self.LAYERS[-1] + 1].eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
@@ -102,8 +106,18 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
-def adversarial_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_weight: Tensor) -> Tensor:
-    """Weight at which both losses pull equally on the decoder's last layer (VQGAN, Esser et al. 2021, equation 7)."""
+def adversarial_weight(
+    reconstruction_loss: Tensor,
+    adversarial_loss: Tensor,
+    last_weight: Tensor,
+    mean_over_ranks: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Weight at which both losses pull equally on the decoder's last layer (VQGAN, Esser et al. 2021, equation 7).
+
+    The pulls are those of the whole batch, so the weight does not depend on how ranks share it.
+    """
     (reconstruction_gradient,) = torch.autograd.grad(reconstruction_loss, last_weight, retain_graph=True)
     (adversarial_gradient,) = torch.autograd.grad(adversarial_loss, last_weight, retain_graph=True)
+    reconstruction_gradient = mean_over_ranks(reconstruction_gradient)
+    adversarial_gradient = mean_over_ranks(adversarial_gradient)
     return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0, 1e4).detach()

@@ -1,0 +1,27 @@
+"""Train the multi-scale VQ-VAE: `python launcher/train_tokenizer.py --config configs/tokenizer.json [key=value …]`.
+
+For several processes: `torchrun --nproc_per_node 2 launcher/train_tokenizer.py --config …`. The same command resumes
+from the last checkpoint; the run folder becomes the tokenizer's folder.
+"""
+
+from star_dist.cli import add_config_arguments, command_parser, run_command
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    add_config_arguments(parser)
+    arguments = parser.parse_args()
+
+    from star_dist.config import TokenizerTrainConfig, load_config
+    from star_dist.process import prepare_process_environment
+
+    config = load_config(TokenizerTrainConfig, arguments.config, arguments.overrides)
+    process = prepare_process_environment()
+
+    from star_dist.tokenizer.train import train_tokenizer
+
+    train_tokenizer(config, process)
+
+
+if __name__ == "__main__":
+    run_command(main)

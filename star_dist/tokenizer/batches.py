@@ -1,0 +1,135 @@
+"""Pictures of each training step as a pure function of (seed, step), whatever the number of ranks and resumes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from star_dist.data.pictures import PictureFiles, UnreadablePicture, normalize
+from star_dist.errors import UserError
+
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """All picture files under a folder, sorted.
+
+    Raises:
+        UserError: no such folder, or no pictures in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder of pictures at {folder}; change data.pictures")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}); change data.pictures")
+    return paths
+
+
+def fingerprint(paths: list[Path], folder: Path) -> str:
+    """Identity of a list of pictures: their names, which decide the order of training."""
+    names = "\n".join(path.relative_to(folder).as_posix() for path in paths)
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+@dataclass
+class Batch:
+    """pictures: (B, 3, side, side) float32 in [-1, 1]. unreadable: reason by file of pictures that were skipped."""
+
+    pictures: Tensor
+    unreadable: dict[str, str]
+
+
+class ReadablePictures:
+    """Pictures by index, where an unreadable one gives way to the next that can be read.
+
+    So every batch is full whatever is damaged, and the same in every run. keep_in_memory: decode each picture once.
+    """
+
+    def __init__(self, paths: list[Path], side: int, *, keep_in_memory: bool) -> None:
+        self.files = PictureFiles(paths, side)
+        self.kept: dict[int, Tensor] | None = {} if keep_in_memory else None
+        self.unreadable: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int, skipped: dict[str, str]) -> Tensor:
+        """(3, side, side) uint8; adds what it skips to `skipped`.
+
+        Raises:
+            UserError: not one picture can be read.
+        """
+        for i in range(len(self)):
+            position = (index + i) % len(self)
+            picture = self._try(position)
+            if picture is not None:
+                return picture
+            skipped[str(self.files.paths[position])] = self.unreadable[position]
+        raise UserError(f"none of the {len(self)} pictures can be read; the first: {next(iter(skipped.items()))}")
+
+    def _try(self, position: int) -> Tensor | None:
+        if position in self.unreadable:
+            return None
+        if self.kept is not None and position in self.kept:
+            return self.kept[position]
+        try:
+            picture = self.files[position]
+        except (UnreadablePicture, OSError) as error:
+            self.unreadable[position] = str(error).removeprefix(f"{self.files.paths[position]}: ")
+            return None
+        if self.kept is not None:
+            self.kept[position] = picture
+        return picture
+
+
+class StepBatches(Dataset):
+    """This rank's share of the batch of every step; index = step.
+
+    Sample s of step t is number t * global_batch + s of an endless sequence of shuffled epochs, mirrored or not by a
+    draw of its own. Rank r of n takes the r-th n-th part of the batch.
+    """
+
+    def __init__(
+        self,
+        pictures: ReadablePictures,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        horizontal_flip: bool,
+    ) -> None:
+        self.pictures = pictures
+        self.seed = seed
+        self.global_batch = global_batch
+        self.samples = range(global_batch)[rank * global_batch // world_size : (rank + 1) * global_batch // world_size]
+        self.horizontal_flip = horizontal_flip
+
+    def __getitem__(self, step: int) -> Batch:
+        skipped: dict[str, str] = {}
+        pictures = [self._sample(step * self.global_batch + sample, skipped) for sample in self.samples]
+        return Batch(normalize(torch.stack(pictures)), skipped)
+
+    def _sample(self, number: int, skipped: dict[str, str]) -> Tensor:
+        epoch, position = divmod(number, len(self.pictures))
+        picture = self.pictures.read(int(epoch_order(self.seed, epoch, len(self.pictures))[position]), skipped)
+        mirrored = self.horizontal_flip and np.random.default_rng((self.seed, 1, number)).random() < 0.5
+        return picture.flip(-1) if mirrored else picture
+
+    def from_step(self, first_step: int, num_steps: int, num_workers: int) -> Iterator[Batch]:
+        """Batches of steps first_step … num_steps - 1."""
+        steps = range(first_step, num_steps)
+        return iter(DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    """The shuffled order of one epoch; (length,) int64."""
+    return np.random.default_rng((seed, 0, epoch)).permutation(length)

@@ -1,0 +1,563 @@
+"""Training of the multi-scale VQ-VAE: `launcher/train_tokenizer.py`.
+
+Every draw is a function of (seed, step, sample), so a run that was killed goes on from its last checkpoint as if
+nothing had happened. The run folder is the tokenizer's folder:
+
+    training.json         the resolved configuration
+    metrics.jsonl         one line per report
+    reconstructions.png   pictures over what the tokenizer makes of them
+    unreadable.jsonl      pictures that were skipped, with the reason
+    checkpoint.pt         where a resumed run goes on
+    config.json, model.safetensors    the finished tokenizer (`star_dist.tokenizer.io`)
+
+Shapes: B this rank's pictures of a step, C code dimension, V codebook size, S scales, H latent side.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from star_dist.config import TokenizerTrainConfig, dump_config
+from star_dist.data.pictures import normalize, to_pil
+from star_dist.errors import UserError
+from star_dist.process import ProcessInfo
+from star_dist.tokenizer.batches import Batch, ReadablePictures, StepBatches, find_pictures, fingerprint
+from star_dist.tokenizer.io import CONFIG_FILE, save_tokenizer
+from star_dist.tokenizer.losses import (
+    PatchDiscriminator,
+    PerceptualLoss,
+    Quantized,
+    adversarial_weight,
+    discriminator_loss,
+    quantize_for_training,
+)
+from star_dist.tokenizer.muon import Muon
+from star_dist.tokenizer.quantizer import MultiScaleQuantizer
+from star_dist.tokenizer.vqvae import MultiScaleVQVAE, ResidualBlock
+
+TRAINING_FILE = "training.json"
+METRICS_FILE = "metrics.jsonl"
+PICTURE_FILE = "reconstructions.png"
+UNREADABLE_FILE = "unreadable.jsonl"
+CHECKPOINT_FILE = "checkpoint.pt"
+
+# Options that a resumed run may change: they decide what is written and how fast, never what is learned.
+FREE_OPTIONS = {
+    "run_dir",
+    "data.num_workers",
+    "data.keep_in_memory",
+    "checkpoint_every",
+    "log_every",
+    "sample_pictures",
+}
+
+CODEBOOK_STD = 0.3
+HITS_DECAY = 0.98
+# A code counts as used while the average of its hits per step is above this: for 34 steps after a single hit.
+USED_HITS = 0.01
+# Moving codes stops here, so that the decoder can settle on the codebook that it will be used with.
+LAST_RESTART_FRACTION = 0.7
+PICTURES_PER_ROW = 16
+
+
+def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
+    """Trains a tokenizer to its last step, from the checkpoint of its run folder if there is one, and writes it there.
+
+    A run folder that holds the finished tokenizer of the same configuration is left as it is.
+
+    Raises:
+        UserError: the run folder holds a run of another configuration or of other pictures, a picture folder or
+            weights file that cannot be used, a batch that the ranks cannot share, or a loss that is not finite.
+    """
+    run_dir = Path(config.run_dir)
+    _check_same_run(run_dir, config)
+    if (run_dir / CONFIG_FILE).is_file():
+        if process.rank == 0:
+            print(f"{run_dir} holds this tokenizer already, trained for {config.steps} steps; nothing to do")
+        return
+    if config.global_batch % process.world_size:
+        raise UserError(
+            f"global_batch {config.global_batch} is not a multiple of {process.world_size} ranks; change one of them"
+        )
+    if process.world_size > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        TokenizerTraining(config, process).run()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Autoencoder(nn.Module):
+    """A training step's forward pass as one module, which is what DistributedDataParallel wants."""
+
+    def __init__(self, model: MultiScaleVQVAE, config: TokenizerTrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.schedule = config.schedule
+        self.commitment = config.loss.commitment
+        self.autocast = config.precision == "bf16"
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Reconstructions (B, 3, side, side), quantization loss (), hits (S, V), unquantized latents (B, C, H, H)."""
+        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.autocast):
+            latent = self.model.encode_latent(pictures).float()
+            with torch.autocast(pictures.device.type, enabled=False):
+                quantized: Quantized = quantize_for_training(
+                    self.model.quantize, latent, self.schedule, self.commitment
+                )
+            reconstruction = self.model.decode_latent(quantized.latent).float()
+        return reconstruction, quantized.loss, quantized.hits_SV, latent.detach()
+
+
+class TokenizerTraining:
+    """Everything of one run; see `train_tokenizer`."""
+
+    def __init__(self, config: TokenizerTrainConfig, process: ProcessInfo) -> None:
+        self.config = config
+        self.process = process
+        self.run_dir = Path(config.run_dir)
+        self.device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+        folder = Path(config.data.pictures)
+        paths = find_pictures(folder)
+        self.fingerprint = fingerprint(paths, folder)
+        self.pictures = ReadablePictures(paths, config.resolution, keep_in_memory=config.data.keep_in_memory)
+        self.pictures.read(0, {})  # refuses a folder without a single good picture before anything is built
+        self.unreadable: dict[str, str] = {}
+
+        torch.manual_seed(config.seed)
+        self.model = MultiScaleVQVAE(config.tokenizer)
+        initialize(self.model, config)
+        self.model.to(self.device, memory_format=torch.channels_last)  # 1.7 times faster convolutions on a CPU
+        self.autoencoder = self._parallel(Autoencoder(self.model, config))
+        self.optimizers = build_optimizers(self.model, config)
+        self.perceptual = None
+        if config.loss.perceptual:
+            self.perceptual = PerceptualLoss(Path(config.loss.vgg16_weights)).to(self.device)
+        self.discriminator = None
+        if config.loss.adversarial:
+            self.discriminator = PatchDiscriminator().to(self.device)
+            self.parallel_discriminator = self._parallel(self.discriminator)
+            self.discriminator_optimizer = torch.optim.AdamW(
+                self.discriminator.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=0.0
+            )
+        self.first_step = self._load_checkpoint()
+
+    def run(self) -> None:
+        config, rank = self.config, self.process.rank
+        batches = StepBatches(
+            self.pictures, config.seed, config.global_batch, rank, self.process.world_size, config.data.horizontal_flip
+        ).from_step(self.first_step, config.steps, config.data.num_workers)
+        if rank == 0:
+            self._start_files()
+        bar = tqdm(
+            total=config.steps,
+            initial=self.first_step,
+            desc="train tokenizer",
+            unit="step",
+            disable=rank != 0,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+        )
+        reported_at, reported_step = time.perf_counter(), self.first_step
+        for step, batch in enumerate(batches, start=self.first_step):
+            values = self._train_step(step, batch)
+            bar.update()
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                now = time.perf_counter()
+                values["throughput/images_per_s"] = (done - reported_step) * config.global_batch / (now - reported_at)
+                reported_at, reported_step = now, done
+                self._report(done, values, bar)
+            if done % config.checkpoint_every == 0 and done < config.steps and rank == 0:
+                self._save_checkpoint(done)
+                self._draw_reconstructions()
+        bar.close()
+        if rank == 0:
+            self._finish()
+        if dist.is_initialized():
+            dist.barrier()  # no rank leaves before the tokenizer is written: launchers end the others at once
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def _train_step(self, step: int, batch: Batch) -> dict[str, Tensor | float]:
+        """One update of everything; returns what there is to report, of this rank where it is a tensor.
+
+        Raises:
+            UserError: the loss or a gradient is not finite; nothing was updated then.
+        """
+        config = self.config
+        self.unreadable.update(batch.unreadable)
+        rate_fraction = learning_rate_fraction(config, step)
+        for optimizer, peak in self.optimizers:
+            _set_learning_rate(optimizer, peak * rate_fraction)
+        pictures = batch.pictures.to(self.device).contiguous(memory_format=torch.channels_last)
+
+        reconstruction, quantization_loss, hits_SV, latent_BCHH = self.autoencoder(pictures)
+        values: dict[str, Tensor | float] = {"loss/quantization": quantization_loss}
+        loss = self._reconstruction_loss(reconstruction, pictures, values)
+        judged = self.discriminator is not None and step >= config.loss.adversarial_start
+        if judged:
+            loss = loss + self._adversarial_loss(loss, reconstruction, values)
+        loss = values["loss/total"] = loss + quantization_loss
+        loss.backward()
+
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        # The norm is of the gradients of all ranks, so every rank stops at the same step.
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clipping).item()
+        if not math.isfinite(norm):
+            raise UserError(
+                f"step {step + 1}: the loss ({loss.item()}) or its gradient (norm {norm}) is not finite; lower the "
+                f"learning rate ({config.learning_rate}) and train again"
+            )
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if judged:
+            values["loss/discriminator"] = self._train_discriminator(pictures, reconstruction.detach(), rate_fraction)
+
+        hits_SV = self._sum_over_ranks(hits_SV)
+        self.model.quantize.ema_vocab_hit_SV.lerp_(hits_SV, 1 - HITS_DECAY)
+        every = config.restart_codes_every
+        if every and (step + 1) % every == 0 and step < LAST_RESTART_FRACTION * config.steps:
+            values["codebook/restarted"] = float(self._restart_unused_codes(step, latent_BCHH))
+        values["optim/learning_rate"] = config.learning_rate * rate_fraction
+        values["optim/grad_norm"] = norm
+        return values
+
+    def _reconstruction_loss(
+        self, reconstruction: Tensor, pictures: Tensor, values: dict[str, Tensor | float]
+    ) -> Tensor:
+        weights = self.config.loss
+        values["loss/l1"] = F.l1_loss(reconstruction, pictures)
+        values["loss/l2"] = F.mse_loss(reconstruction, pictures)
+        loss = weights.l1 * values["loss/l1"] + weights.l2 * values["loss/l2"]
+        if self.perceptual is not None:
+            values["loss/perceptual"] = self.perceptual(reconstruction, pictures)
+            loss = loss + weights.perceptual * values["loss/perceptual"]
+        return loss
+
+    def _adversarial_loss(
+        self, reconstruction_loss: Tensor, reconstruction: Tensor, values: dict[str, Tensor | float]
+    ) -> Tensor:
+        self.discriminator.requires_grad_(False)  # here it only judges; its own turn comes after the update
+        values["loss/adversarial"] = -self.discriminator(reconstruction).mean()
+        self.discriminator.requires_grad_(True)
+        last_weight = self.model.decoder.conv_out.weight
+        weight = adversarial_weight(
+            reconstruction_loss, values["loss/adversarial"], last_weight, mean_over_ranks=self._mean_over_ranks
+        )
+        return self.config.loss.adversarial * weight * values["loss/adversarial"]
+
+    def _train_discriminator(self, pictures: Tensor, reconstruction: Tensor, rate_fraction: float) -> Tensor:
+        _set_learning_rate(self.discriminator_optimizer, self.config.learning_rate * rate_fraction)
+        real_logits, fake_logits = self.parallel_discriminator(torch.cat([pictures, reconstruction])).chunk(2)
+        loss = discriminator_loss(real_logits, fake_logits)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.config.gradient_clipping)
+        self.discriminator_optimizer.step()
+        self.discriminator_optimizer.zero_grad()
+        return loss
+
+    @torch.no_grad()
+    def _restart_unused_codes(self, step: int, latent_BCHH: Tensor) -> int:
+        """Moves codes that nobody uses onto residuals of this step's pictures, alike on all ranks; returns how many."""
+        quantizer = self.model.quantize
+        unused = (quantizer.ema_vocab_hit_SV.sum(0) < USED_HITS).nonzero().flatten()
+        cells = self._gather_over_ranks(residual_cells(quantizer, latent_BCHH, self.config))
+        draws = np.random.default_rng((self.config.seed, 2, step)).integers(len(cells), size=len(unused))
+        codebook = quantizer.embedding.weight
+        codebook[unused] = cells[torch.from_numpy(draws).to(cells.device)]
+        for optimizer, _ in self.optimizers:
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in optimizer.state.get(codebook, {}):
+                    optimizer.state[codebook][name][unused] = 0
+        return len(unused)
+
+    # ---------------------------------------------------------------------------------------------- all ranks
+
+    def _parallel(self, module: nn.Module) -> nn.Module:
+        if self.process.world_size == 1:
+            return module
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices)
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        if self.process.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def _mean_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self._sum_over_ranks(tensor) / self.process.world_size
+
+    def _gather_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Tensors of all ranks, one after the other along the first dimension."""
+        if self.process.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.process.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    # ------------------------------------------------------------------------------------------------ records
+
+    def _report(self, step: int, values: dict[str, Tensor | float], bar: tqdm) -> None:
+        """Writes one line of metrics, averaged over ranks, and the pictures that were skipped since the last one."""
+        names = [name for name, value in values.items() if isinstance(value, Tensor)]
+        means = self._mean_over_ranks(torch.stack([values[name].detach().float() for name in names])).tolist()
+        line: dict[str, float] = {**values, **dict(zip(names, means))}
+        skipped = [self.unreadable]
+        if self.process.world_size > 1:
+            skipped = [{}] * self.process.world_size
+            dist.all_gather_object(skipped, self.unreadable)
+        if self.process.rank != 0:
+            return
+        for part in skipped:
+            self.unreadable.update(part)
+        with (self.run_dir / UNREADABLE_FILE).open("w") as file:
+            file.writelines(
+                json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in sorted(self.unreadable.items())
+            )
+        line["psnr"] = psnr(line["loss/l2"])
+        line["data/unreadable"] = len(self.unreadable)
+        line.update(codebook_usage(self.model.quantize, self.config))
+        with (self.run_dir / METRICS_FILE).open("a") as file:
+            file.write(json.dumps({"step": step, **line}) + "\n")
+        bar.set_postfix(loss=f"{line['loss/total']:.3f}", psnr=f"{line['psnr']:.1f}", refresh=False)
+
+    def _start_files(self) -> None:
+        """Prepares the run folder; lines of steps that will be trained again are cut off."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        _write_text(self.run_dir / TRAINING_FILE, dump_config(self.config) + "\n")
+        path = self.run_dir / METRICS_FILE
+        lines = path.read_text().splitlines() if path.is_file() else []
+        # A kill can cut the last line short; it is then of a step after the checkpoint.
+        complete = [line for line in lines if line.endswith("}")]
+        kept = [line + "\n" for line in complete if json.loads(line)["step"] <= self.first_step]
+        _write_text(path, "".join(kept))
+
+    @torch.no_grad()
+    def _draw_reconstructions(self) -> float | None:
+        """Draws pictures over their reconstructions; returns their PSNR, or None where the configuration wants none."""
+        count = min(self.config.sample_pictures, len(self.pictures))
+        if not count:
+            return None
+        chosen = [self.pictures.read(i * len(self.pictures) // count, {}) for i in range(count)]
+        originals = normalize(torch.stack(chosen)).to(self.device)
+        tokens_BL = self.model.encode(originals, self.config.schedule)
+        reconstructions = self.model.decode(tokens_BL, self.config.schedule)
+        side = self.config.resolution
+        columns = min(count, PICTURES_PER_ROW)
+        sheet = Image.new("RGB", (columns * side, 2 * side * math.ceil(count / columns)), "white")
+        for i, pair in enumerate(zip(to_pil(originals), to_pil(reconstructions))):
+            for j, image in enumerate(pair):
+                sheet.paste(image, (i % columns * side, (2 * (i // columns) + j) * side))
+        sheet.save(self.run_dir / PICTURE_FILE)
+        return psnr(F.mse_loss(reconstructions, originals).item())
+
+    def _finish(self) -> None:
+        quality = self._draw_reconstructions()
+        save_tokenizer(self.model, self.run_dir)
+        (self.run_dir / CHECKPOINT_FILE).unlink(missing_ok=True)
+        usage = codebook_usage(self.model.quantize, self.config)
+        codes = f"{usage['codebook/used']} of {self.model.quantize.vocab_size} codes used"
+        summary = f"tokenizer written to {self.run_dir}: {codes}"
+        if quality is not None:
+            summary += f", PSNR {quality:.2f} dB over {min(self.config.sample_pictures, len(self.pictures))} pictures"
+        if self.unreadable:
+            summary += f"; {len(self.unreadable)} unreadable pictures skipped, listed in {UNREADABLE_FILE}"
+        print(summary)
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, step: int) -> None:
+        state: dict[str, Any] = {
+            "step": step,
+            "pictures": self.fingerprint,
+            "unreadable": self.unreadable,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+        }
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
+        path = self.run_dir / CHECKPOINT_FILE
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def _load_checkpoint(self) -> int:
+        """Takes up the checkpoint of the run folder; returns the step to go on with, 0 without one.
+
+        Raises:
+            UserError: the checkpoint is damaged, or the folder of pictures has changed since.
+        """
+        path = self.run_dir / CHECKPOINT_FILE
+        if not path.is_file():
+            return 0
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} is damaged ({reason}); remove it to start anew") from None
+        if state["pictures"] != self.fingerprint:
+            raise UserError(
+                f"{self.config.data.pictures} does not hold the same pictures as when {path} was written; "
+                f"put them back, or change run_dir to start anew"
+            )
+        self.model.load_state_dict(state["model"])
+        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        self.unreadable = dict(state["unreadable"])
+        if self.process.rank == 0:
+            print(f"going on from step {state['step']} of {self.config.steps}", file=sys.stderr)
+        return state["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------- parts
+
+
+@torch.no_grad()
+def initialize(model: MultiScaleVQVAE, config: TokenizerTrainConfig) -> None:
+    """Starts residual blocks as the identity and codes at the size of latents; freezes what the schedule never uses."""
+    for module in model.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.conv2.weight)
+    nn.init.normal_(model.quantize.embedding.weight, std=CODEBOOK_STD)
+    phis = model.quantize.quant_resi
+    used = {id(phis.at(scale, len(config.schedule))) for scale in range(len(config.schedule))}
+    for phi in phis.qresi_ls:
+        phi.requires_grad_(id(phi) in used)
+
+
+def build_optimizers(model: MultiScaleVQVAE, config: TokenizerTrainConfig) -> list[tuple[torch.optim.Optimizer, float]]:
+    """The optimizers with their peak rates; each trained parameter is in exactly one.
+
+    Muon takes the convolutions between the first and the last layer where `muon_learning_rate` is set; AdamW takes the
+    rest. Biases, norms and codes do not decay.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim != 4:
+            groups["no_decay"].append(parameter)
+        elif config.muon_learning_rate is None or name in ("encoder.conv_in.weight", "decoder.conv_out.weight"):
+            groups["decay"].append(parameter)
+        else:
+            groups["muon"].append(parameter)
+    adamw = torch.optim.AdamW(
+        [
+            {"params": groups["decay"], "weight_decay": config.weight_decay},
+            {"params": groups["no_decay"], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=True,  # one call in place of ten for each of a hundred small tensors
+    )
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adamw, config.learning_rate)]
+    if config.muon_learning_rate is not None:
+        optimizers.append(
+            (Muon(groups["muon"], config.muon_learning_rate, config.weight_decay), config.muon_learning_rate)
+        )
+    return optimizers
+
+
+def learning_rate_fraction(config: TokenizerTrainConfig, step: int) -> float:
+    """Rate of step `step` (from 0) over its peak: a linear rise, then a cosine down to `final_fraction`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def residual_cells(quantizer: MultiScaleQuantizer, latent_BCHH: Tensor, config: TokenizerTrainConfig) -> Tensor:
+    """What the codes of all scales have to describe: residual cells picture by picture, (B * L, C)."""
+    residual_BCHH = latent_BCHH.float()
+    cells = []
+    for side, (_, contribution_BCHH) in zip(
+        config.schedule.sides, quantizer.residual_steps(residual_BCHH, config.schedule)
+    ):
+        cells.append(F.interpolate(residual_BCHH, size=(side, side), mode="area").flatten(2).transpose(1, 2))
+        residual_BCHH = residual_BCHH - contribution_BCHH
+    return torch.cat(cells, dim=1).flatten(0, 1)
+
+
+def codebook_usage(quantizer: MultiScaleQuantizer, config: TokenizerTrainConfig) -> dict[str, float]:
+    """Codes in use over all scales and at each, and each scale's perplexity: the codes it would use were all alike."""
+    hits_SV = quantizer.ema_vocab_hit_SV
+    usage = {"codebook/used": (hits_SV.sum(0) >= USED_HITS).sum().item()}
+    for side, hits_V in zip(config.schedule.sides, hits_SV):
+        share_V = hits_V / hits_V.sum().clamp_min(1e-12)
+        usage[f"codebook/used_scale_{side}"] = (hits_V >= USED_HITS).sum().item()
+        usage[f"codebook/perplexity_scale_{side}"] = torch.special.entr(share_V).sum().exp().item()
+    return usage
+
+
+def psnr(mean_squared_error: float) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    return 10 * math.log10(4 / max(mean_squared_error, 1e-12))
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _check_same_run(run_dir: Path, config: TokenizerTrainConfig) -> None:
+    """Compares with the configuration that a run folder was begun with.
+
+    Raises:
+        UserError: naming the first option that differs, with both values.
+    """
+    if not any((run_dir / name).is_file() for name in (CONFIG_FILE, CHECKPOINT_FILE)):
+        return
+    path = run_dir / TRAINING_FILE
+    try:
+        found = _flatten(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError):
+        raise UserError(f"{run_dir} holds a tokenizer but no readable {TRAINING_FILE}; change run_dir") from None
+    wanted = _flatten(json.loads(dump_config(config)))
+    for key in sorted({*found, *wanted} - FREE_OPTIONS):
+        if found.get(key) != wanted.get(key):
+            raise UserError(
+                f"{run_dir} was begun with {key} {found.get(key)}, this configuration has {wanted.get(key)}; "
+                f"change it back, or change run_dir to start anew"
+            )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,356 @@
+"""The tokenizer's training: it learns, resumes bit-identically, is the same on 2 ranks, and names every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo  # optimizers import it when they are built; here once, before ranks are forked
+from PIL import Image
+from safetensors.torch import load_file
+
+from star_dist.config import ConfigError, TokenizerTrainConfig, load_config, parse_config
+from star_dist.errors import UserError
+from star_dist.process import prepare_process_environment
+from star_dist.tokenizer import train as training
+from star_dist.tokenizer.batches import ReadablePictures, StepBatches, find_pictures
+from star_dist.tokenizer.io import load_tokenizer
+from star_dist.tokenizer.muon import orthogonalize
+from star_dist.tokenizer.train import TokenizerTraining, learning_rate_fraction, train_tokenizer
+from tests.ranks import RankFailed, run_ranks
+
+MakeConfig = Callable[..., TokenizerTrainConfig]
+
+LOSS_TOLERANCE = 1e-4  # 2 ranks sum floats in another order; measured worst case 4e-6 after 6 steps
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def make_config(pictures_folder: Path, tmp_path: Path) -> MakeConfig:
+    """Configs of a training that takes a second; keyword arguments change single values or sections."""
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "seed": 3,
+        "resolution": 16,
+        "tokenizer": {
+            "vocab_size": 32,
+            "code_dim": 4,
+            "channels": 8,
+            "channel_multipliers": [1, 2, 2],
+            "blocks_per_level": 1,
+            "norm_groups": 2,
+            "scales": [1, 2, 4],
+        },
+        "data": {"pictures": str(pictures_folder), "num_workers": 0, "keep_in_memory": True},
+        "steps": 6,
+        "global_batch": 4,
+        "learning_rate": 3e-3,
+        "muon_learning_rate": 0.02,
+        "warmup_steps": 2,
+        "restart_codes_every": 2,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "sample_pictures": 5,
+    }
+
+    def make(**changes: Any) -> TokenizerTrainConfig:
+        merged = dict(values)
+        for name, change in changes.items():
+            merged[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
+        return parse_config(TokenizerTrainConfig, merged)
+
+    return make
+
+
+def rank_main(config: TokenizerTrainConfig) -> None:
+    train_tokenizer(config, prepare_process_environment())
+
+
+def killed_after(config: TokenizerTrainConfig, step: int) -> None:
+    """A rank that is killed, as by `kill -9`, when it has trained `step` steps."""
+    train_step = TokenizerTraining._train_step
+
+    def step_or_die(self: TokenizerTraining, number: int, batch: Any) -> Any:
+        if number == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(self, number, batch)
+
+    TokenizerTraining._train_step = step_or_die
+    rank_main(config)
+
+
+def metrics(config: TokenizerTrainConfig) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("throughput/")} for line in lines]
+
+
+def losses(config: TokenizerTrainConfig) -> list[float]:
+    return [line["loss/total"] for line in metrics(config)]
+
+
+def test_it_learns_and_reports(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(steps=60, global_batch=8, log_every=5, checkpoint_every=20)
+    run_ranks(rank_main, 1, config)
+    run_dir = Path(config.run_dir)
+    lines = metrics(config)
+    assert [line["step"] for line in lines] == list(range(5, 61, 5))
+    assert lines[-1]["loss/l1"] < 0.7 * lines[0]["loss/l1"]
+    for side, cells in ((1, 1), (2, 4), (4, 16)):
+        assert 1 <= lines[-1][f"codebook/used_scale_{side}"] <= 32
+        assert 1 <= lines[-1][f"codebook/perplexity_scale_{side}"] <= 32
+        hits = load_tokenizer(run_dir).quantize.ema_vocab_hit_SV[(1, 2, 4).index(side)].sum().item()
+        assert hits == pytest.approx(8 * cells * (1 - 0.98**60), rel=1e-3)
+    assert {"optim/learning_rate", "optim/grad_norm", "psnr", "loss/quantization", "data/unreadable"} <= lines[
+        -1
+    ].keys()
+    assert Image.open(run_dir / "reconstructions.png").size == (5 * 16, 2 * 16)
+    assert load_tokenizer(run_dir).config == config.tokenizer
+    assert not (run_dir / "checkpoint.pt").exists()
+
+
+def test_a_killed_run_goes_on_bit_identically(make_config: MakeConfig, tmp_path: Path) -> None:
+    whole = make_config(run_dir=str(tmp_path / "whole"))
+    killed = make_config(run_dir=str(tmp_path / "killed"))
+    run_ranks(rank_main, 1, whole)
+    for step in (5, 3):  # after the checkpoint of step 4; and, gone on from there, never reaching step 3 again
+        try:
+            run_ranks(killed_after, 1, killed, step)
+        except RankFailed:
+            assert step == 5
+            assert (tmp_path / "killed" / "checkpoint.pt").is_file()
+    assert metrics(killed) == metrics(whole)
+    whole_weights, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole_weights.items())
+
+
+def test_a_killed_run_of_two_ranks_goes_on_with_the_same_losses(make_config: MakeConfig, tmp_path: Path) -> None:
+    whole = make_config(run_dir=str(tmp_path / "whole"), data={"num_workers": 1})
+    killed = make_config(run_dir=str(tmp_path / "killed"))
+    run_ranks(rank_main, 2, whole)
+    with pytest.raises(RankFailed):
+        run_ranks(killed_after, 2, killed, 3)
+    run_ranks(rank_main, 2, killed)
+    assert metrics(killed) == metrics(whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"loss": {"adversarial": 0.1, "adversarial_start": 2}, "resolution": 32, "learning_rate": 3e-4}],
+    ids=["plain", "adversarial"],
+)
+def test_two_ranks_equal_one(make_config: MakeConfig, tmp_path: Path, changes: dict[str, Any]) -> None:
+    if "resolution" in changes:  # the discriminator needs 32 pixels
+        changes = changes | {"tokenizer": {"scales": [1, 2, 4, 8]}}
+    configs = [make_config(run_dir=str(tmp_path / str(n)), **changes) for n in (1, 2)]
+    for world_size, config in enumerate(configs, start=1):
+        run_ranks(rank_main, world_size, config)
+    one, two = map(metrics, configs)
+    for line, other in zip(one, two):
+        assert line.keys() == other.keys()
+        for key, value in line.items():
+            assert other[key] == pytest.approx(value, rel=1e-3, abs=LOSS_TOLERANCE), (line["step"], key)
+    assert ("loss/discriminator" in one[-1]) == ("loss" in changes)
+    assert sum(line.get("codebook/restarted", 0) for line in one) > 0
+
+
+def test_unused_codes_move_onto_residuals(make_config: MakeConfig) -> None:
+    config = make_config(steps=100)
+    trainer = TokenizerTraining(config, prepare_process_environment())
+    quantizer = trainer.model.quantize
+    with torch.no_grad():
+        quantizer.embedding.weight[5:] = 100.0  # so far away that nothing is ever nearest to them
+    batches = StepBatches(trainer.pictures, config.seed, 4, 0, 1, False)
+    values = trainer._train_step(0, batches[0])
+    assert "codebook/restarted" not in values
+    assert training.codebook_usage(quantizer, config)["codebook/used"] <= 5
+    values = trainer._train_step(1, batches[1])
+    assert values["codebook/restarted"] >= 27
+    assert quantizer.embedding.weight.abs().max() < 50
+    (adamw, _), _ = trainer.optimizers
+    assert not adamw.state[quantizer.embedding.weight]["exp_avg_sq"][5:].any()
+    for step in range(2, 4):
+        trainer._train_step(step, batches[step])
+    assert training.codebook_usage(quantizer, config)["codebook/used"] > 5
+    late = trainer._train_step(int(training.LAST_RESTART_FRACTION * config.steps) + 1, batches[4])
+    assert "codebook/restarted" not in late
+
+
+def test_batches_depend_on_seed_and_step_alone(pictures_folder: Path) -> None:
+    pictures = ReadablePictures(find_pictures(pictures_folder), 16, keep_in_memory=False)
+    whole = StepBatches(pictures, 1, 8, 0, 1, True)
+    halves = [StepBatches(pictures, 1, 8, rank, 2, True) for rank in range(2)]
+    for step in (0, 3, 100):
+        split = torch.cat([half[step].pictures for half in halves])
+        assert torch.equal(whole[step].pictures, split)
+    resumed = next(StepBatches(pictures, 1, 8, 0, 1, True).from_step(3, 4, 0))
+    assert torch.equal(resumed.pictures, whole[3].pictures)
+    assert not torch.equal(whole[3].pictures, StepBatches(pictures, 2, 8, 0, 1, True)[3].pictures)
+    epoch = torch.cat([StepBatches(pictures, 1, 60, 0, 1, False)[0].pictures])
+    assert len(torch.unique(epoch.flatten(1), dim=0)) == 60  # every picture once
+
+
+def test_unreadable_pictures_are_skipped_counted_and_listed(
+    make_config: MakeConfig, pictures_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "some_damaged"
+    folder.mkdir()
+    for path in sorted(pictures_folder.glob("*.png"))[:6]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "000.png").write_bytes(b"")
+    (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:300])
+    config = make_config(data={"pictures": str(folder)})
+    run_ranks(rank_main, 2, config)
+    assert metrics(config)[-1]["data/unreadable"] == 2
+    listed = [json.loads(line) for line in (Path(config.run_dir) / "unreadable.jsonl").read_text().splitlines()]
+    assert listed == [
+        {"file": str(folder / "000.png"), "reason": "empty file"},
+        {"file": str(folder / "003.png"), "reason": "truncated picture"},
+    ]
+
+
+def test_folders_without_a_good_picture_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    process = prepare_process_environment()
+    with pytest.raises(UserError, match=r"no folder of pictures at .*nowhere; change data\.pictures"):
+        train_tokenizer(make_config(data={"pictures": str(tmp_path / "nowhere")}), process)
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    with pytest.raises(UserError, match="holds no pictures"):
+        train_tokenizer(make_config(data={"pictures": str(folder)}), process)
+    (folder / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of the 1 pictures can be read"):
+        train_tokenizer(make_config(data={"pictures": str(folder)}), process)
+
+
+def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(steps=2)
+    run_ranks(rank_main, 1, config)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.run_dir).iterdir()}
+    rank_main(make_config(steps=2, log_every=2, data={"num_workers": 1}))
+    assert "holds this tokenizer already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path(config.run_dir).iterdir()} == before
+    with pytest.raises(UserError, match=r"begun with learning_rate 0\.003, this configuration has 0\.001"):
+        rank_main(make_config(steps=2, learning_rate=1e-3))
+    with pytest.raises(UserError, match="begun with steps 2, this configuration has 6"):
+        rank_main(make_config())
+
+
+def test_checkpoints_that_cannot_be_used_are_refused(
+    make_config: MakeConfig, pictures_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "changing"
+    folder.mkdir()
+    for path in sorted(pictures_folder.glob("*.png"))[:8]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = make_config(data={"pictures": str(folder)})
+    with pytest.raises(RankFailed):
+        run_ranks(killed_after, 1, config, 3)
+    (folder / "007.png").rename(folder / "008.png")
+    with pytest.raises(UserError, match="does not hold the same pictures"):
+        rank_main(config)
+    checkpoint = Path(config.run_dir) / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged .*; remove it to start anew"):
+        rank_main(config)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(make_config: MakeConfig) -> None:
+    config = make_config()
+    trainer = TokenizerTraining(config, prepare_process_environment())
+    batch = StepBatches(trainer.pictures, 0, 4, 0, 1, False)[0]
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    batch.pictures[0] = np.nan
+    with pytest.raises(UserError, match=r"step 8: the loss \(nan\).* is not finite; lower the learning rate"):
+        trainer._train_step(7, batch)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_batches_that_ranks_cannot_share_are_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(RankFailed, match="global_batch 5 is not a multiple of 2 ranks"):
+        run_ranks(rank_main, 2, make_config(global_batch=5))
+
+
+def test_perceptual_loss_wants_its_weights(make_config: MakeConfig, tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(ConfigError, match=r"loss\.perceptual is 1\.0 but loss\.vgg16_weights is null"):
+        make_config(loss={"perceptual": 1.0})
+    missing = str(tmp_path / "vgg16.pth")
+    with pytest.raises(UserError, match=r"vgg16\.pth does not exist"):
+        rank_main(make_config(loss={"perceptual": 1.0, "vgg16_weights": missing}))
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, missing)
+    with pytest.raises(UserError, match=r"vgg16\.pth as torchvision's VGG-16.*missing features\.0\.bias"):
+        rank_main(make_config(loss={"perceptual": 1.0, "vgg16_weights": missing}))
+
+
+def test_perceptual_loss_is_zero_for_equal_pictures_and_pulls_towards_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = pytest.importorskip("torchvision.models")
+    from star_dist.tokenizer.losses import PerceptualLoss
+
+    def narrow_vgg16() -> torch.nn.Module:
+        widths = [8, 8, "M", 8, 8, "M", 8, 8, 8, "M", 8, 8, 8]
+        return torch.nn.Sequential(OrderedDict(features=models.vgg.make_layers(widths)))
+
+    monkeypatch.setattr(models, "vgg16", narrow_vgg16)
+    torch.manual_seed(0)
+    torch.save(narrow_vgg16().state_dict(), tmp_path / "vgg16.pth")
+    perceptual = PerceptualLoss(tmp_path / "vgg16.pth")
+    target = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert perceptual(target, target).item() == 0
+    image = (target + 0.1 * torch.randn_like(target)).requires_grad_()
+    distance = perceptual(image, target)
+    (gradient,) = torch.autograd.grad(distance, image)
+    assert perceptual(image - 0.01 * gradient / gradient.norm(), target) < distance
+
+
+def test_learning_rate_is_a_function_of_the_step(make_config: MakeConfig) -> None:
+    config = make_config(steps=102, warmup_steps=2, final_fraction=0.1)
+    fractions = [learning_rate_fraction(config, step) for step in range(103)]
+    assert fractions[:3] == [0.5, 1.0, 1.0]
+    assert fractions[52] == pytest.approx(0.55)
+    assert fractions[102] == pytest.approx(0.1)
+    assert fractions[2:] == sorted(fractions[2:], reverse=True)
+
+
+def test_every_trained_parameter_is_in_exactly_one_optimizer(make_config: MakeConfig) -> None:
+    from star_dist.tokenizer.vqvae import MultiScaleVQVAE
+
+    for changes in ({}, {"muon_learning_rate": None}, {"resolution": 8, "tokenizer": {"scales": [1, 2]}}):
+        config = make_config(**changes)
+        model = MultiScaleVQVAE(config.tokenizer)
+        training.initialize(model, config)
+        ids = [
+            id(parameter)
+            for optimizer, _ in training.build_optimizers(model, config)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+        assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert (
+        all(name.startswith("quantize.quant_resi") for name in frozen) and len(frozen) == 4
+    )  # two scales use two phis
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 24), (3, 24, 8), (1, 8, 8)])
+def test_orthogonalize_sets_singular_values_to_about_one(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+    assert values.min() > 0.3 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_demo.json"])
+def test_configs_are_valid(name: str) -> None:
+    config = load_config(TokenizerTrainConfig, REPOSITORY / "configs" / name)
+    if name == "tokenizer.json":
+        assert config.tokenizer == type(config.tokenizer)()  # the public architecture
