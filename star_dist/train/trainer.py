@@ -86,7 +86,8 @@ class Trainer:
         batches = self.train_batches.starting_at(self.first_step)
         totals = self._new_totals()
         gc.collect()
-        gc.disable()  # a collection on one rank keeps all others waiting; see _report
+        gc.freeze()  # collections go through what the loop makes, not through a million objects of libraries
+        gc.disable()  # a collection on one rank keeps all others waiting; _report collects on all at once
         for step in range(self.first_step, config.train.steps):
             for _ in range(self.train_batches.micro_batches_per_step):
                 batch = self._next_batch(batches, totals)
@@ -107,6 +108,7 @@ class Trainer:
             if self._due(config.checkpoint.every, done):
                 self._save(done)
         gc.enable()
+        gc.unfreeze()
         self.log.close()
 
     # ------------------------------------------------------------------------------------------- one micro-batch

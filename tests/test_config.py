@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from star_dist.config import ConfigError, PrepConfig, RunConfig, TokenizerTrainConfig, dump_config, load_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RUNS = ["d16", "d30", "d30_512", "d30_1024", "demo"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_shipped_runs_load_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_config(RunConfig, CONFIGS / f"{name}.json")
+    (tmp_path / "resolved.json").write_text(dump_config(config))
+    assert load_config(RunConfig, tmp_path / "resolved.json") == config
+
+
+def test_other_shipped_configs_load() -> None:
+    assert load_config(PrepConfig, CONFIGS / "prep" / "demo.json").resolution
+    for name in ("tokenizer", "tokenizer_demo"):
+        assert load_config(TokenizerTrainConfig, CONFIGS / f"{name}.json").steps
+
+
+def test_paper_sizes() -> None:
+    d30 = load_config(RunConfig, CONFIGS / "d30.json")
+    assert d30.scales == (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    star = d30.star_config()
+    assert (star.depth, star.width, star.heads) == (30, 1920, 30)
+    assert load_config(RunConfig, CONFIGS / "d30_512.json").scales == (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+    assert load_config(RunConfig, CONFIGS / "d30_1024.json").schedule.num_tokens == 9451
+
+
+def test_overrides_are_json_or_text() -> None:
+    overrides = ["train.steps=3000", "data.remote=s3://bucket/set", "samples.prompts=[\"a\"]", "data.shuffle=false"]
+    config = load_config(RunConfig, CONFIGS / "d16.json", overrides)
+    assert config.train.steps == 3000
+    assert config.data.remote == "s3://bucket/set"
+    assert config.samples.prompts == ("a",)
+    assert config.data.shuffle is False
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stepz=1", r"unknown key train\.stepz; did you mean train\.steps\?"),
+        ("optimiser.learning_rate=1", r"unknown key optimiser; did you mean optimizer\?"),
+        ('train.steps="many"', r'train\.steps: input should be a valid integer.*got "many"'),
+        ("train.steps=1.5", r"train\.steps: .*integer.*got 1\.5"),
+        ("train.caption_dropout=2", r"train\.caption_dropout: .*less than or equal to 1.*got 2"),
+        ("train.micro_batch=7", r"global_batch \d+ is not a multiple of train\.micro_batch 7"),
+        ("resolution=250", r"resolution 250 is not the last of scales \(16\) x tokenizer\.downsampling \(16\) = 256"),
+        ("scales=[1,3,2]", r"scales must grow; got 3 followed by 2"),
+        ("model.heads=7", r"width 1024 does not divide into heads 7"),
+        ("optimizer.warmup_steps=999999999", r"warmup_steps 999999999 is more than train\.steps"),
+        ("data.validation_split=null", r"validation\.every is \d+ but data\.validation_split is null"),
+        ('deepspeed={"train_batch_size":4}', r"deepspeed\.train_batch_size is derived from train\.global_batch"),
+        ('deepspeed={"zero_optimization":{"stage":1}}', r"zero_optimization\.stage is derived from train\.zero_stage"),
+        ("train.steps.more=1", r"train\.steps is a value, not a section"),
+        ("nonsense", r"not of the form section\.key=value"),
+    ],
+)
+def test_mistakes_are_named_with_their_values(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(RunConfig, CONFIGS / "d16.json", [override])
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(RunConfig, tmp_path / "absent.json")
+    (tmp_path / "broken.json").write_text('{"a": ')
+    with pytest.raises(ConfigError, match="not JSON: line 1"):
+        load_config(RunConfig, tmp_path / "broken.json")
+    (tmp_path / "empty.json").write_text("{}")
+    with pytest.raises(ConfigError, match="run_dir is missing"):
+        load_config(RunConfig, tmp_path / "empty.json")
+
+
+def test_global_batch_must_divide_over_the_ranks() -> None:
+    config = load_config(RunConfig, CONFIGS / "d16.json", ["train.global_batch=96", "train.micro_batch=8"])
+    assert config.accumulation_steps(4) == 3
+    with pytest.raises(ConfigError, match=r"global_batch 96 .*micro_batch 8 x 5 ranks = 40"):
+        config.accumulation_steps(5)
+
+
+def test_deepspeed_config_adds_knobs_to_what_is_derived() -> None:
+    knobs = {"zero_optimization": {"stage3_prefetch_bucket_size": 1000}}
+    config = load_config(RunConfig, CONFIGS / "d16.json", [f"deepspeed={json.dumps(knobs)}"])
+    derived = config.deepspeed_config(8)
+    assert derived["zero_optimization"] == {"stage3_prefetch_bucket_size": 1000, "stage": 3}
+    assert derived["bf16"] == {"enabled": True}
+    assert (
+        derived["train_batch_size"]
+        == derived["train_micro_batch_size_per_gpu"] * derived["gradient_accumulation_steps"] * 8
+    )

@@ -1,0 +1,275 @@
+"""Training on gloo ranks under DeepSpeed: equal however it is split, resumable at any moment, and it learns."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from star_dist.config import RunConfig
+from tests.ranks import RankFailed, run_ranks
+from tests.train.runs import metrics, start_training, train_on, weights
+
+MakeConfig = Callable[..., RunConfig]
+
+SPLIT_TOLERANCE = 2e-6  # of the loss; measured worst case 5e-7, float sums in another order
+WEIGHT_TOLERANCE = 2e-5  # measured worst case 2e-6 after 4 steps of rate 1e-3
+
+
+def losses(by_step: dict[int, dict[str, float]]) -> list[float]:
+    return [by_step[step]["loss/total"] for step in sorted(by_step)]
+
+
+def test_loss_falls_and_everything_is_reported(run_config: MakeConfig) -> None:
+    config = run_config(
+        train={"steps": 30},
+        checkpoint={"every": 10, "keep_last": 2},
+        validation={"every": 15, "num_samples": 5},
+        samples={"every": 15, "prompts": ["red heart", "blue flag"]},
+        logging={"every": 5},
+    )
+    by_step = train_on(config, 2)
+    assert by_step[30]["loss/total"] < by_step[5]["loss/total"] - 0.1
+    run_dir = Path(config.run_dir)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    training = next(line for line in lines if "loss/total" in line)
+    for key in ("loss/scale_4", "accuracy/scale_1", "throughput/mfu", "time/data_wait", "optim/grad_norm"):
+        assert training[key] is not None
+    assert training["memory/peak_bytes"] > 0
+    assert {line["step"] for line in lines if "validation/loss/total" in line} == {15, 30}
+    assert sorted(path.name for path in (run_dir / "samples").iterdir()) == ["step_00000015.png", "step_00000030.png"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000020", "step_00000030"]
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["world_size"] == 2 and environment["attention_kernel"] == "sdpa"
+
+
+@pytest.mark.parametrize("stage", [3, 0, 1, 2])
+def test_step_is_the_same_however_the_global_batch_is_split(
+    run_config: MakeConfig, tmp_path: Path, stage: int
+) -> None:
+    """1 rank x 8, 1 x 2 x 4 micro-batches and 2 ranks x 2 x 2: the same losses and the same weights."""
+    splits = [(1, 8), (1, 2), (2, 2)] if stage == 3 else [(2, 2)]
+    results = {}
+    for world_size, micro_batch in splits:
+        config = run_config(
+            run_dir=str(tmp_path / f"{world_size}x{micro_batch}"),
+            train={"steps": 4, "micro_batch": micro_batch, "zero_stage": stage},
+            optimizer={"learning_rate": 1e-3},
+        )
+        results[world_size, micro_batch] = losses(train_on(config, world_size)), weights(config)
+    reference_config = run_config(
+        run_dir=str(tmp_path / "reference"),
+        train={"steps": 4, "micro_batch": 8},
+        optimizer={"learning_rate": 1e-3},
+    )
+    reference = results.get((1, 8)) or (losses(train_on(reference_config, 1)), weights(reference_config))
+    for split_losses, split_weights in results.values():
+        assert split_losses == pytest.approx(reference[0], abs=SPLIT_TOLERANCE)
+        worst = max((split_weights[name] - tensor).abs().max().item() for name, tensor in reference[1].items())
+        assert worst < WEIGHT_TOLERANCE
+
+
+def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig) -> None:
+    """The engine against twenty lines of PyTorch: loss scaling, clipping, groups, rate, caption dropping, data order."""
+    from star_dist.data.dataset import TrainBatches, drop_captions, fetch_metadata
+    from star_dist.model.initialization import initialize_weights
+    from star_dist.model.layout import PackedLayout
+    from star_dist.model.star import STAR, pack_inputs
+    from star_dist.text import TextEncoder
+    from star_dist.tokenizer.io import load_tokenizer
+    from star_dist.train.optim import build_optimizer, learning_rate, parameter_groups
+
+    config = run_config(
+        train={"steps": 3, "caption_dropout": 0.5}, optimizer={"learning_rate": 1e-3, "gradient_clipping": 0.1}
+    )
+    train_on(config, 2)
+
+    def plain() -> dict[str, torch.Tensor]:
+        from star_dist.process import prepare_process_environment
+
+        prepare_process_environment()
+        model = STAR(config.star_config())
+        initialize_weights(model, config.seed)
+        groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
+        optimizer = build_optimizer(groups, config.optimizer, torch.device("cpu"))
+        encoder = TextEncoder(config.text, torch.device("cpu"))
+        quantizer = load_tokenizer(Path(config.tokenizer.path)).quantize
+        one_rank = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 8})})
+        batches = TrainBatches(one_rank, fetch_metadata(config.data), 1).starting_at(0)
+        for step in range(3):
+            batch = next(batches)
+            dropped = drop_captions(batch.sample_ids, seed=config.seed, step=step, rate=0.5)
+            text = encoder(["" if drop else caption for caption, drop in zip(batch.captions, dropped)])
+            inputs = pack_inputs(quantizer.teacher_forcing_input(batch.tokens_BL, config.schedule))
+            layout = PackedLayout.uniform(config.schedule, 8, text.lengths)
+            loss, _ = model(inputs, text.hidden_SW, text.pooled_BW, batch.tokens_BL.flatten(), layout=layout)
+            loss.mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optimizer, step, 3)
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+
+    (expected,) = run_ranks(plain, 1)
+    for name, tensor in weights(config).items():
+        assert (tensor - torch.from_numpy(expected[name])).abs().max() < WEIGHT_TOLERANCE, name
+
+
+def test_initial_weights_are_the_same_partitioned_or_not(run_config: MakeConfig) -> None:
+    """Under zero.Init on 2 ranks: bit-identical to an unsharded build, so all statistics are too."""
+    from star_dist.model.initialization import initialize_weights
+    from star_dist.model.star import STAR
+
+    config = run_config()
+
+    def partitioned() -> dict | None:
+        from star_dist.process import prepare_process_environment
+        from star_dist.train.engine import Engine
+
+        engine = Engine(config, prepare_process_environment())
+        full = engine.full_weights()
+        assert max(parameter.numel() for parameter in engine.model.parameters()) == 0  # nothing is whole
+        return full and {name: tensor.numpy() for name, tensor in full.items()}
+
+    full, nothing = run_ranks(partitioned, 2)
+    assert nothing is None
+    model = STAR(config.star_config())
+    initialize_weights(model, config.seed)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(torch.from_numpy(full[name]), parameter.detach()), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_and_resumed_is_bit_identical(
+    run_config: MakeConfig, tmp_path: Path, world_size: int, precision: str
+) -> None:
+    """SIGKILL of all ranks at arbitrary moments; the same start again; every loss and the final weights are equal."""
+    sections = {"train": {"steps": 14, "precision": precision}, "checkpoint": {"every": 3}}
+    undisturbed = run_config(run_dir=str(tmp_path / "undisturbed"), **sections)
+    expected = train_on(undisturbed, world_size)
+    config = run_config(run_dir=str(tmp_path / "killed"), **sections)
+    for kill_after_step in (2, 5, 10):
+        ranks = start_training(config, world_size)
+        deadline = time.monotonic() + 120
+        while max(metrics_or_nothing(config), default=0) < kill_after_step and time.monotonic() < deadline:
+            time.sleep(0.005)
+        ranks.kill()
+    found = train_on(config, world_size)
+    assert found == expected
+    assert sorted(found) == list(range(1, 15))
+    resumed, whole = weights(config), weights(undisturbed)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def metrics_or_nothing(config: RunConfig) -> dict[int, dict[str, float]]:
+    try:
+        return metrics(config)
+    except json.JSONDecodeError:  # a line that is just being written
+        return {}
+
+
+def test_a_finished_run_started_again_does_nothing(run_config: MakeConfig) -> None:
+    config = run_config(train={"steps": 3})
+    before = train_on(config, 1)
+    assert train_on(config, 1) == before
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(run_config: MakeConfig) -> None:
+    config = run_config(train={"steps": 4})
+
+    def poisoned() -> tuple[int, bool]:
+        from star_dist.model.layout import PackedLayout
+        from star_dist.process import prepare_process_environment
+        from star_dist.train.engine import Engine
+
+        engine = Engine(config, prepare_process_environment())
+        before = engine.full_weights()
+        layout = PackedLayout.uniform(config.schedule, 2, (3, 3))
+        num_tokens = 2 * config.schedule.num_tokens
+        for _ in range(config.accumulation_steps(2)):
+            inputs, text = torch.full((num_tokens, 8), float("nan")), torch.zeros(6, 16)
+            targets = torch.zeros(num_tokens, dtype=torch.long)
+            loss, _ = engine(inputs, text, torch.zeros(2, 16), targets, layout=layout)
+            engine.backward(loss.sum())
+            engine.step(1e-3)
+        after = engine.full_weights()
+        return engine.skipped_steps, before is None or all(torch.equal(before[name], after[name]) for name in before)
+
+    assert run_ranks(poisoned, 2) == [(1, True), (1, True)]
+
+
+def test_validation_counts_every_held_out_sample_once(run_config: MakeConfig, tmp_path: Path) -> None:
+    """However many ranks: 7 samples over 2 ranks x 2 leave a short last round."""
+    results = []
+    for world_size in (1, 2):
+        config = run_config(
+            run_dir=str(tmp_path / str(world_size)),
+            train={"steps": 2},
+            validation={"every": 2, "num_samples": 7},
+        )
+        results.append(train_on(config, world_size)[2]["validation/loss/total"])
+    assert results[0] == pytest.approx(results[1], abs=SPLIT_TOLERANCE)
+
+
+def mistakes() -> list[tuple[dict, str]]:
+    return [
+        ({"train": {"global_batch": 6, "micro_batch": 6}}, r"global_batch 6 .*micro_batch 6 x 2 ranks = 12"),
+        ({"data": {"local": "/absent"}}, r"no data set at /absent"),
+        ({"data": {"train_split": "other"}}, r"no samples in split 'other'"),
+        ({"tokenizer": {"path": "/absent"}}, r"no tokenizer at /absent"),
+        ({"text": {"encoder": "/absent"}}, r"text encoder '/absent' could not be loaded"),
+        ({"text": {"width": 32}}, r"has width 16, text\.width is 32"),
+        ({"train": {"global_batch": 128, "micro_batch": 2}}, r"fewer than one global batch"),
+        ({"checkpoint": {"resume_step": 5}}, r"resume_step is 5, but .* has complete checkpoints \[\]"),
+        ({"train": {"init_from": "/absent"}}, r"/absent is no inference folder"),
+    ]
+
+
+@pytest.mark.parametrize(("sections", "said"), mistakes())
+def test_mistakes_end_in_one_message(run_config: MakeConfig, sections: dict, said: str) -> None:
+    with pytest.raises(RankFailed, match=rf"(?s)star_dist\.(errors\.UserError|config\.ConfigError): .*{said}"):
+        train_on(run_config(**sections), 2)
+
+
+def test_another_runs_checkpoint_is_refused(run_config: MakeConfig) -> None:
+    train_on(run_config(train={"steps": 3}), 1)
+    for sections, said in [
+        ({"model": {"depth": 3}}, r"model\.depth = 2, the run has 3"),
+        ({"optimizer": {"learning_rate": 0.5}}, r"optimizer\.learning_rate = 0\.01, the run has 0\.5"),
+        ({"checkpoint": {"resume_step": 2}}, r"resume_step is 2, but .* has complete checkpoints \[3\]"),
+    ]:
+        with pytest.raises(RankFailed, match=said):
+            train_on(run_config(train={"steps": 6}, **sections), 1)
+    with pytest.raises(RankFailed, match=r"written by 1 ranks, this run has 2"):
+        train_on(run_config(train={"steps": 6}), 2)
+    assert max(train_on(run_config(train={"steps": 6}), 1)) == 6
+
+
+def test_a_damaged_checkpoint_is_refused(run_config: MakeConfig) -> None:
+    config = run_config(train={"steps": 6})
+    train_on(config, 1)
+    path = Path(config.run_dir) / "checkpoints" / "step_00000006"
+    file = next(path.rglob("*optim_states.pt"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RankFailed, match=r"optim_states\.pt has 100 bytes, its marker says \d+.*\[3\]"):
+        train_on(config, 1)
+    assert max(train_on(run_config(train={"steps": 6}, checkpoint={"resume_step": 3, "every": 3}), 1)) == 6
+
+
+def test_two_trainings_never_share_a_run_folder(run_config: MakeConfig) -> None:
+    config = run_config(train={"steps": 2000})
+    running = start_training(config, 1)
+    deadline = time.monotonic() + 120
+    while not metrics_or_nothing(config) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        with pytest.raises(RankFailed, match="another training is running"):
+            train_on(config, 1)
+    finally:
+        running.kill()
