@@ -1,0 +1,49 @@
+# make demo: the whole way on real data, on a CPU.  make test: the whole suite.  Both set up what they need in .venv.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+unexport PYTHONDONTWRITEBYTECODE  # every start would compile 10,000 files again
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint lock clean-demo
+
+# ----------------------------------------------------------------------------------------------------- environment
+
+.venv/installed: constraints.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"star-dist needs Python 3.11, this is {sys.version.split()[0]}; use make PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+# Renews the tested set of pins from setup.py's ranges.
+lock:
+	$(BIN)/uv pip compile setup.py --extra demo --extra dev --python-version 3.11 --no-annotate --quiet --upgrade --output-file constraints.txt
+
+# ------------------------------------------------------------------------------------------------------------ demo
+# Every step is a command of its own, skips what is done, and goes on where it was interrupted.
+
+demo: .venv/installed
+	$(BIN)/python -m data_prep.openmoji --out $(DEMO)/pictures --side 32
+	$(BIN)/torchrun --standalone --nproc_per_node 2 launcher/train_tokenizer.py --config configs/tokenizer_demo.json
+	$(BIN)/python -m data_prep.tokenize --config configs/prep/demo.json
+	$(BIN)/deepspeed --num_gpus 2 launcher/train.py --config configs/demo.json
+	$(BIN)/python launcher/export.py $(DEMO)/train --out $(DEMO)/export
+	$(BIN)/python launcher/sample_grid.py $(DEMO)/export --data $(DEMO)/data --captions configs/demo_captions.txt --guidance 2 --top-k 40 --out $(DEMO)/samples.png
+	@echo "Done: look at $(DEMO)/samples.png"
+
+clean-demo:
+	rm -rf $(DEMO)
+
+# ------------------------------------------------------------------------------------------------------------ tests
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .

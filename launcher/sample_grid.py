@@ -1,0 +1,55 @@
+"""Draw a labelled grid for captions of a data set: what the data shows beside what the model draws.
+
+`python launcher/sample_grid.py exports/demo --data runs/demo/data --captions configs/demo_captions.txt --out grid.png`.
+Captions found in the validation split stand under "held out", those of the training split under "seen in training", and
+all others under "new". The first picture of a cell is the data set's own, through the tokenizer.
+"""
+
+from star_dist.cli import command_parser, run_command
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("model", metavar="DIR", help="inference folder")
+    parser.add_argument("--data", required=True, metavar="DIR", help="data set with train and val splits")
+    parser.add_argument("--captions", required=True, metavar="FILE", help="one caption per line")
+    parser.add_argument("--out", required=True, metavar="FILE", help="picture file")
+    parser.add_argument("--count", type=int, default=2, help="pictures drawn per caption (default 2)")
+    parser.add_argument("--columns", type=int, default=4, help="captions per row (default 4)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=0.0)
+    arguments = parser.parse_args()
+
+    from pathlib import Path
+
+    from star_dist.errors import UserError
+
+    try:
+        captions = [line.strip() for line in Path(arguments.captions).read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"cannot read {arguments.captions}: {error.strerror}") from None
+    if not captions:
+        raise UserError(f"{arguments.captions} holds no caption")
+
+    from star_dist.inference.pipeline import StarPipeline
+    from star_dist.inference.sampler import SamplingOptions
+    from star_dist.inference.seen_grid import draw_seen_grid
+
+    try:
+        options = SamplingOptions(arguments.guidance, arguments.top_k, arguments.top_p)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    pipeline = StarPipeline.from_pretrained(arguments.model)
+    grid = draw_seen_grid(
+        pipeline, Path(arguments.data), captions, options, arguments.count, arguments.columns, arguments.seed
+    )
+    out = Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(out)
+    print(out)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,96 @@
+"""Streaming in an order that is a function of the step alone."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from star_dist.config import RunConfig
+from star_dist.data.dataset import check_local_shards, drop_captions
+from star_dist.errors import UserError
+from tests.ranks import run_ranks
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def order(config: RunConfig, first_step: int, steps: int, world_size: int) -> list[list[int]]:
+    """Sample ids of each step, over all ranks."""
+
+    def one_rank() -> list[list[int]]:
+        import torch.distributed
+
+        from star_dist.data.dataset import TrainBatches, fetch_metadata
+        from star_dist.process import prepare_process_environment
+
+        process = prepare_process_environment()
+        torch.distributed.init_process_group("gloo")
+        batches = TrainBatches(config, fetch_metadata(config.data), process.world_size)
+        stream = batches.starting_at(first_step)
+        return [
+            [i for _ in range(batches.micro_batches_per_step) for i in next(stream).sample_ids] for _ in range(steps)
+        ]
+
+    ranks = run_ranks(one_rank, world_size)
+    return [sorted(sample for rank in ranks for sample in rank[step]) for step in range(steps)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_order_depends_on_the_step_alone(run_config: MakeConfig, num_workers: int) -> None:
+    """Over three epochs, from any step, on 1 or 2 ranks; within an epoch no sample comes twice."""
+    config = run_config(data={"num_workers": num_workers, "prefetch_batches": 2})
+    whole = order(config, 0, 18, 1)
+    assert order(config, 0, 18, 2) == whole
+    for first_step in (3, 6, 11):
+        assert order(config, first_step, 18 - first_step, 2) == whole[first_step:]
+    steps_per_epoch = 6  # 52 samples of the training split, 8 a step
+    for epoch in range(3):
+        seen = [sample for step in whole[epoch * steps_per_epoch : (epoch + 1) * steps_per_epoch] for sample in step]
+        assert len(set(seen)) == len(seen) == 48
+    assert whole[:6] != whole[6:12]
+
+
+def test_seed_changes_the_order(run_config: MakeConfig) -> None:
+    assert order(run_config(seed=1), 0, 6, 1) != order(run_config(seed=2), 0, 6, 1)
+
+
+def test_dropped_captions_are_a_function_of_seed_step_and_sample() -> None:
+    ids = list(range(2000))
+    dropped = drop_captions(ids, seed=1, step=5, rate=0.1)
+    assert 0.07 < sum(dropped) / len(ids) < 0.13
+    assert drop_captions(ids[::-1], seed=1, step=5, rate=0.1) == dropped[::-1]
+    assert drop_captions(ids, seed=1, step=6, rate=0.1) != dropped
+    assert drop_captions(ids, seed=2, step=5, rate=0.1) != dropped
+    assert not any(drop_captions(ids, seed=1, step=5, rate=0.0))
+    assert all(drop_captions(ids, seed=1, step=5, rate=1.0))
+
+
+def test_cut_and_missing_shards_are_named(dataset_folder: Path, run_config: MakeConfig, tmp_path: Path) -> None:
+    copy = tmp_path / "set"
+    shutil.copytree(dataset_folder, copy)
+    data = run_config(data={"local": str(copy)}).data
+    check_local_shards(data, "train")
+    shard = copy / "train" / "shard.00000.mds"
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(UserError, match=rf"shard\.00000\.mds has {size - 7} bytes, its index says {size}"):
+        check_local_shards(data, "train")
+    shard.unlink()
+    with pytest.raises(UserError, match=r"shard\.00000\.mds is missing"):
+        check_local_shards(data, "train")
+    with pytest.raises(UserError, match="no split 'other'"):
+        check_local_shards(data, "other")
+
+
+def test_a_remote_is_read_through_a_local_cache(dataset_folder: Path, run_config: MakeConfig, tmp_path: Path) -> None:
+    """A folder stands for the bucket: the cache starts empty and ends complete; the order is that of the local set."""
+    config = run_config(data={"remote": str(dataset_folder), "local": str(tmp_path / "cache")})
+    assert order(config, 0, 6, 2) == order(run_config(), 0, 6, 2)
+    assert json.loads((tmp_path / "cache" / "dataset.json").read_text())["splits"]["val"]
+    assert list((tmp_path / "cache" / "train").glob("*.mds"))
+    absent = run_config(data={"remote": str(tmp_path / "absent"), "local": str(tmp_path / "cache2")})
+    from star_dist.data.dataset import fetch_metadata
+
+    with pytest.raises(UserError, match=r"cannot read dataset\.json of the data set at .*absent"):
+        fetch_metadata(absent.data)

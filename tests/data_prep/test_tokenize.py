@@ -1,0 +1,111 @@
+"""The tokenization job: what it writes, what it leaves out, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from streaming.base.format.mds.reader import MDSReader
+
+from data_prep.tokenization import split_of, tokenize
+from star_dist.config import PrepConfig, parse_config
+from star_dist.data.pictures import crop_and_resize, decode_picture, normalize, to_tensor
+from star_dist.data.schema import decode_features, decode_tokens, read_metadata
+from star_dist.errors import UserError
+from star_dist.tokenizer.io import load_tokenizer
+
+
+def samples(root: Path, split: str) -> dict[str, dict[str, Any]]:
+    index = json.loads((root / split / "index.json").read_text())
+    readers = [MDSReader.from_json(str(root), split, shard) for shard in index["shards"]]
+    return {sample["key"]: sample for reader in readers for sample in (reader[i] for i in range(len(reader)))}
+
+
+def test_shards_hold_what_the_tokenizer_says(dataset_folder: Path, pictures_folder: Path, prep_values: dict) -> None:
+    config = parse_config(PrepConfig, prep_values | {"output": "unused"})
+    tokenizer = load_tokenizer(Path(config.tokenizer))
+    metadata = read_metadata(dataset_folder)
+    found = samples(dataset_folder, "train") | samples(dataset_folder, "val")
+    assert len(found) == 60
+    for key, sample in list(found.items())[:5]:
+        image = crop_and_resize(decode_picture((pictures_folder / key).read_bytes()), 16)
+        expected = tokenizer.encode(normalize(to_tensor(image)[None]), config.schedule)
+        assert torch.equal(torch.from_numpy(decode_tokens(sample, metadata)), expected[0])
+    assert set(samples(dataset_folder, "val")) == {key for key in found if split_of(key, 0.15) == "val"}
+
+
+def test_unusable_pictures_are_skipped_counted_and_listed(tmp_path: Path, prep_values: dict) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (20, 20), "red").save(pictures / "good.png")
+    Image.new("RGB", (3, 20), "red").save(pictures / "narrow.png")
+    (pictures / "cut.png").write_bytes((pictures / "good.png").read_bytes()[:60])
+    (pictures / "empty.png").write_bytes(b"")
+    (pictures / "text.png").write_text("no picture")
+    captions = {"good.png": "red", "narrow.png": "red", "cut.png": "red", "empty.png": "red", "text.png": "red"}
+    captions |= {"absent.png": "red", "blank.png": " "}
+    (pictures / "blank.png").write_bytes((pictures / "good.png").read_bytes())
+    lines = [json.dumps({"file": file, "caption": caption}) for file, caption in captions.items()]
+    (pictures / "captions.jsonl").write_text("\n".join(lines))
+    values = prep_values | {
+        "source": {"kind": "folder", "path": str(pictures)},
+        "output": str(tmp_path / "set"),
+        "validation_fraction": 0.0,
+        "min_side": 8,
+    }
+    metadata = tokenize(parse_config(PrepConfig, values))
+    assert metadata.splits == {"train": 1}
+    assert sum(metadata.rejected.values()) == 6
+    rejects = {}
+    for line in (tmp_path / "set" / "rejects.jsonl").read_text().splitlines():
+        reject = json.loads(line)
+        rejects[reject["key"]] = reject["reason"]
+    assert rejects == {
+        "absent.png": "unreadable file: No such file or directory",
+        "blank.png": "empty caption",
+        "cut.png": "truncated picture",
+        "empty.png": "empty file",
+        "narrow.png": "too small",
+        "text.png": "not a picture",
+    }
+
+
+def test_text_features_are_those_of_the_encoder(tmp_path: Path, prep_values: dict, text_encoder_folder: Path) -> None:
+    from star_dist.text import TextEncoder
+
+    text = {"encoder": str(text_encoder_folder), "encoder_subfolder": "", "tokenizer_subfolder": "", "width": 16}
+    config = parse_config(PrepConfig, prep_values | {"output": str(tmp_path / "set"), "text_features": text})
+    metadata = tokenize(config)
+    assert metadata.text_features == config.text_features
+    encoder = TextEncoder(config.text_features, torch.device("cpu"))
+    sample = next(iter(samples(tmp_path / "set", "val").values()))
+    expected_hidden, expected_pooled = encoder([sample["caption"]])[0]
+    hidden, pooled = decode_features(sample, 16)
+    assert np.abs(hidden - expected_hidden.numpy()).max() < 2e-3  # float16
+    assert np.abs(pooled - expected_pooled.numpy()).max() < 2e-3
+
+
+def test_a_finished_output_is_reused_and_never_overwritten(tmp_path: Path, prep_values: dict) -> None:
+    values = prep_values | {"output": str(tmp_path / "set")}
+    first = tokenize(parse_config(PrepConfig, values))
+    before = (tmp_path / "set" / "train" / "shard.00000.mds").read_bytes()
+    assert tokenize(parse_config(PrepConfig, values)) == first
+    assert (tmp_path / "set" / "train" / "shard.00000.mds").read_bytes() == before
+    with pytest.raises(UserError, match=r"made with validation_fraction = 0\.15, this job has 0\.5"):
+        tokenize(parse_config(PrepConfig, values | {"validation_fraction": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"source": {"kind": "folder", "path": "/absent"}}, "/absent"),
+        ({"tokenizer": "/absent"}, "no tokenizer at /absent"),
+        ({"resolution": 32}, r"resolution 32 is not the last of scales \(4\) x the tokenizer's downsampling \(4\)"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, prep_values: dict, change: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        tokenize(parse_config(PrepConfig, prep_values | {"output": str(tmp_path / "set")} | change))

@@ -1,0 +1,164 @@
+"""From a training run to pictures: export, verification, reloading, starting another run from it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from star_dist.config import RunConfig
+from star_dist.errors import UserError
+from star_dist.export import initial_weights_from
+from star_dist.inference.pipeline import StarPipeline
+from star_dist.inference.sampler import SamplingOptions, sample_tokens
+from star_dist.train.export_checkpoint import export_checkpoint
+from tests.ranks import run_ranks
+from tests.train.runs import train_on, weights
+
+MakeConfig = Callable[..., RunConfig]
+GREEDY = SamplingOptions(guidance=2.0, top_k=1)
+PROMPTS = ["red heart", "blue flag", "green face"]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, dataset_folder: Path, tokenizer_folder: Path, text_encoder_folder: Path
+) -> RunConfig:
+    """A run of 2 ranks that has learned a little."""
+    import tests.conftest
+
+    make = tests.conftest.run_config.__wrapped__(
+        dataset_folder, tokenizer_folder, text_encoder_folder, tmp_path_factory.mktemp("trained")
+    )
+    config = make(train={"steps": 20}, checkpoint={"every": 10})
+    train_on(config, 2)
+    return config
+
+
+@pytest.fixture(scope="module")
+def exported(trained: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "model"
+    assert export_checkpoint(Path(trained.run_dir), folder, None, "fp32") == 20
+    return folder
+
+
+def test_fp32_export_holds_the_masters(trained: RunConfig, exported: Path) -> None:
+    stored = load_file(exported / "model.safetensors")
+    masters = weights(trained)
+    assert stored.keys() == masters.keys()
+    assert all(torch.equal(stored[name], masters[name]) for name in masters)
+
+
+def test_bf16_export_is_the_rounded_one_of_the_asked_step(trained: RunConfig, tmp_path: Path) -> None:
+    assert export_checkpoint(Path(trained.run_dir), tmp_path / "model", 10, "bf16") == 10
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["step"] == 10
+    assert len(StarPipeline.from_pretrained(tmp_path / "model")(PROMPTS)) == 3
+
+
+def test_greedy_tokens_equal_those_of_the_training_engine(trained: RunConfig, exported: Path) -> None:
+    """The engine's own weights, gathered from its partitions after loading the checkpoint, draw the same tokens."""
+
+    def from_engine() -> np.ndarray | None:
+        from star_dist.model.star import STAR
+        from star_dist.process import prepare_process_environment
+        from star_dist.text import TextEncoder
+        from star_dist.tokenizer.io import load_tokenizer
+        from star_dist.train.checkpoint import CheckpointFolder
+        from star_dist.train.engine import Engine
+
+        engine = Engine(trained, prepare_process_environment())
+        engine.load(CheckpointFolder(Path(trained.run_dir)).find(None))
+        full = engine.full_weights()
+        if full is None:
+            return None
+        model = STAR(trained.star_config())
+        model.load_state_dict(full)
+        encoder = TextEncoder(trained.text, torch.device("cpu"))
+        quantizer = load_tokenizer(Path(trained.tokenizer.path)).quantize
+        text, empty = encoder(PROMPTS), encoder([""])
+        return sample_tokens(model, quantizer, text, empty, trained.schedule, GREEDY, [0, 0, 0]).numpy()
+
+    expected, _ = run_ranks(from_engine, 2)
+    pipeline = StarPipeline.from_pretrained(exported)
+    found = pipeline.sample_tokens(pipeline.text_encoder(PROMPTS), GREEDY, [0, 0, 0])
+    assert np.array_equal(found.numpy(), expected)
+    assert len({tuple(row) for row in expected.tolist()}) > 1  # the text does matter
+
+
+def test_pipeline_gives_pictures(exported: Path) -> None:
+    pipeline = StarPipeline.from_pretrained(exported)
+    pictures = pipeline(PROMPTS, seed=3)
+    assert [picture.size for picture in pictures] == [(16, 16)] * 3
+    assert pipeline("red heart", seed=3)[0].tobytes() == pictures[0].tobytes()
+    assert pipeline("red heart", seed=4)[0].tobytes() != pictures[0].tobytes()
+
+
+def test_the_export_depends_on_nothing_outside(exported: Path, tmp_path: Path) -> None:
+    """The text encoder was a local folder, so it came along; the folder can be moved."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(exported, moved)
+    config = json.loads((moved / "config.json").read_text())
+    config["text"]["encoder"] = "/gone"
+    (moved / "config.json").write_text(json.dumps(config))
+    assert StarPipeline.from_pretrained(moved)("red heart")[0].size == (16, 16)
+
+
+def test_damaged_exports_are_refused(exported: Path, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(exported, tmp_path / name))
+
+    cut = copy("cut")
+    (cut / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes()[:-9])
+    missing = copy("missing")
+    stored = load_file(missing / "model.safetensors")
+    del stored["pos_start"]
+    save_file(stored, missing / "model.safetensors")
+    other_tokenizer = copy("other_tokenizer")
+    tokenizer = load_file(other_tokenizer / "tokenizer" / "model.safetensors")
+    tokenizer["quantize.embedding.weight"] += 1
+    save_file(tokenizer, other_tokenizer / "tokenizer" / "model.safetensors")
+    for folder, said in [
+        (cut, r"model\.safetensors is no file of tensors, or a damaged one"),
+        (missing, r"does not fit: missing pos_start"),
+        (other_tokenizer, r"the tokenizer has hash \w+, the transformer was trained with \w+"),
+        (tmp_path, r"is no inference folder"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            StarPipeline.from_pretrained(folder)
+
+
+def test_exporting_what_is_not_there(run_config: MakeConfig, trained: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder"):
+        export_checkpoint(tmp_path, tmp_path / "out", None, "fp32")
+    with pytest.raises(UserError, match=r"resume_step is 7, but .* has complete checkpoints \[10, 20\]"):
+        export_checkpoint(Path(trained.run_dir), tmp_path / "out", 7, "fp32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_starts_from_an_export(run_config: MakeConfig, exported: Path, trained: RunConfig) -> None:
+    """Its first loss is about what the other run ended with, not that of random weights."""
+    config = run_config(train={"steps": 2, "init_from": str(exported)}, optimizer={"learning_rate": 1e-9})
+    first = train_on(config, 2)[1]["loss/total"]
+    fresh = train_on(run_config(run_dir=config.run_dir + "-fresh", train={"steps": 2}), 2)[1]["loss/total"]
+    assert first < fresh - 0.05
+
+
+def test_levels_of_another_schedule_take_the_nearest_relative_position(
+    run_config: MakeConfig, exported: Path, tmp_path: Path
+) -> None:
+    stored = load_file(exported / "model.safetensors")["lvl_embed.weight"]
+    same = initial_weights_from(exported, run_config())
+    assert torch.equal(same["lvl_embed.weight"], stored)
+    more = run_config(scales=[1, 2, 3, 4, 5, 6, 8], resolution=32)
+    extended = initial_weights_from(exported, more)["lvl_embed.weight"]
+    assert torch.equal(extended, stored[[0, 0, 1, 2, 2, 2, 3]])  # 0.5 and 2.5 round to the even level
+    with pytest.raises(UserError, match=r"was trained with model\.rope_convention paper, the run has public"):
+        initial_weights_from(exported, run_config(model={"rope_convention": "public"}))
+    with pytest.raises(UserError, match="does not fit"):
+        initial_weights_from(exported, run_config(model={"width": 64}))

@@ -1,0 +1,138 @@
+"""Sampling against the recorded greedy run of the public implementation, and what must hold for every draw."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from star_dist.inference.sampler import SamplingOptions, draw, sample_tokens
+from star_dist.model.config import StarConfig
+from star_dist.model.initialization import initialize_weights
+from star_dist.model.layout import PackedLayout
+from star_dist.model.star import STAR, pack_inputs
+from star_dist.scales import ScaleSchedule
+from star_dist.text import TextFeatures
+from star_dist.tokenizer.config import VQVAEConfig
+from star_dist.tokenizer.vqvae import MultiScaleVQVAE
+from tests.model.test_star import golden_model
+
+SCHEDULE = ScaleSchedule((1, 2, 3, 4))
+GREEDY = SamplingOptions(guidance=0.0, top_k=1)
+
+
+@pytest.fixture(scope="module")
+def golden(golden_dir: Path) -> dict[str, torch.Tensor]:
+    with safe_open(golden_dir / "star_a.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+@pytest.fixture(scope="module")
+def golden_tokenizer(golden_dir: Path) -> MultiScaleVQVAE:
+    config = VQVAEConfig(vocab_size=64, code_dim=8, channels=32, scales=SCHEDULE.sides)
+    model = MultiScaleVQVAE(config)
+    with safe_open(golden_dir / "vqvae_a.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.startswith("weights.")]
+        model.load_state_dict({name.removeprefix("weights."): file.get_tensor(name).float() for name in names})
+    return model.eval().requires_grad_(False)
+
+
+def golden_text(golden: dict[str, torch.Tensor], rows: list[int]) -> TextFeatures:
+    lengths = [int(golden["text_mask"][row].sum()) for row in rows]
+    pairs = [(golden["text_hidden"][row, :n], golden["text_pooled"][row]) for row, n in zip(rows, lengths)]
+    return TextFeatures.pack(pairs)
+
+
+def test_greedy_tokens_and_picture_of_the_public_implementation(golden: dict, golden_tokenizer: MultiScaleVQVAE) -> None:
+    model = golden_model(golden)
+    for rows in ([0, 1, 2], [0], [1], [2], [2, 0, 1, 2, 1, 0, 0]):
+        text = golden_text(golden, rows)
+        tokens = sample_tokens(model, golden_tokenizer.quantize, text, text, SCHEDULE, GREEDY, [0] * len(rows))
+        assert torch.equal(tokens.int(), golden["greedy_tokens"][rows])
+        image = golden_tokenizer.decode(tokens, SCHEDULE) * 0.5 + 0.5
+        assert (image - golden["greedy_image"][rows]).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[STAR, MultiScaleVQVAE, TextFeatures, TextFeatures]:
+    config = StarConfig(depth=2, width=32, heads=2, scales=SCHEDULE.sides, vocab_size=64, code_dim=8, text_width=16)
+    model = STAR(config)
+    initialize_weights(model, seed=1)
+    with torch.no_grad():
+        model.head_logits.weight.mul_(300)
+    torch.manual_seed(0)
+    vqvae = MultiScaleVQVAE(
+        VQVAEConfig(vocab_size=64, code_dim=8, channels=8, channel_multipliers=(1, 2), norm_groups=4, blocks_per_level=1)
+    )
+    text = TextFeatures.pack([(torch.randn(n, 16), torch.randn(16)) for n in (3, 5, 2)])
+    empty = TextFeatures.pack([(torch.randn(2, 16), torch.randn(16))])
+    return model.eval().requires_grad_(False), vqvae.requires_grad_(False), text, empty
+
+
+def one(text: TextFeatures, row: int) -> TextFeatures:
+    return TextFeatures.pack([text[row]])
+
+
+@pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(top_k=10), SamplingOptions(0.0, 0, 0.7)])
+def test_a_picture_depends_on_its_seed_and_not_on_its_batch(tiny: tuple, options: SamplingOptions) -> None:
+    model, vqvae, text, empty = tiny
+    together = sample_tokens(model, vqvae.quantize, text, empty, SCHEDULE, options, [5, 6, 7])
+    for row in range(3):
+        alone = sample_tokens(model, vqvae.quantize, one(text, row), empty, SCHEDULE, options, [5 + row])
+        assert torch.equal(alone[0], together[row])
+    other = sample_tokens(model, vqvae.quantize, text, empty, SCHEDULE, options, [8, 9, 10])
+    assert not torch.equal(other, together)
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+@pytest.mark.parametrize("cross_attention", [True, False])
+def test_the_cache_changes_nothing(tiny: tuple, positions: str, cross_attention: bool) -> None:
+    """Greedy sampling with the cache picks what teacher forcing on the same tokens would pick."""
+    _, vqvae, text, empty = tiny
+    config = StarConfig(
+        depth=2, width=32, heads=2, scales=SCHEDULE.sides, vocab_size=64, code_dim=8, text_width=16,
+        positions=positions, cross_attention=cross_attention,
+    )  # fmt: skip
+    model = STAR(config)
+    initialize_weights(model, seed=2)
+    tokens = sample_tokens(model, vqvae.quantize, text, empty, SCHEDULE, GREEDY, [0, 0, 0])
+    inputs = pack_inputs(vqvae.quantize.teacher_forcing_input(tokens, SCHEDULE))
+    layout = PackedLayout.uniform(SCHEDULE, 3, text.lengths)
+    logits = model(inputs, text.hidden_SW, text.pooled_BW, layout=layout)
+    assert torch.equal(logits.argmax(-1).view(3, -1), tokens)
+
+
+def test_guidance_follows_the_published_rule(tiny: tuple) -> None:
+    """logits = (1 + t) cond - t uncond with t = guidance * k / (K - 1), checked by hand over the scales."""
+    model, vqvae, text, empty = tiny
+    guided = sample_tokens(
+        model, vqvae.quantize, one(text, 0), empty, SCHEDULE, SamplingOptions(guidance=3.0, top_k=1), [0]
+    )
+    inputs = pack_inputs(vqvae.quantize.teacher_forcing_input(guided, SCHEDULE))
+    logits = [
+        model(inputs, t.hidden_SW, t.pooled_BW, layout=PackedLayout.uniform(SCHEDULE, 1, t.lengths))
+        for t in (one(text, 0), empty)
+    ]
+    for scale, (start, end) in enumerate(zip(SCHEDULE.starts, SCHEDULE.ends)):
+        strength = 3.0 * scale / 3
+        expected = ((1 + strength) * logits[0] - strength * logits[1])[start:end].argmax(-1)
+        assert torch.equal(guided[0, start:end], expected)
+
+
+def test_top_k_and_top_p_keep_what_they_say() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1, 4000, 4)
+    generator = [torch.Generator().manual_seed(0)]
+    assert set(draw(logits, SamplingOptions(top_k=2), generator).unique().tolist()) == {0, 1}
+    assert set(draw(logits, SamplingOptions(top_p=0.79), generator).unique().tolist()) == {0, 1}
+    assert set(draw(logits, SamplingOptions(top_p=0.81), generator).unique().tolist()) == {0, 1, 2}
+    assert set(draw(logits, SamplingOptions(top_p=1e-6), generator).unique().tolist()) == {0}
+    shares = draw(logits, SamplingOptions(), generator)[0].bincount(minlength=4) / 4000
+    assert (shares - torch.tensor([0.5, 0.3, 0.15, 0.05])).abs().max() < 0.03
+    cold = draw(logits, SamplingOptions(temperature=0.05), generator)
+    assert (cold == 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("values", [(-1.0,), (0.0, -1), (0.0, 0, 1.5), (0.0, 0, 0.0, 0.0)])
+def test_options_out_of_range_are_refused(values: tuple) -> None:
+    with pytest.raises(ValueError, match="must"):
+        SamplingOptions(*values)

