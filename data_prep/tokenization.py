@@ -70,8 +70,8 @@ def tokenize(config: PrepConfig, device_name: str | None = None) -> DatasetMetad
     downsampling = tokenizer.config.downsampling
     if config.schedule.resolution(downsampling) != config.resolution:
         raise UserError(
-            f"resolution {config.resolution} is not the last of scales ({config.schedule.latent_side}) x the tokenizer's "
-            f"downsampling ({downsampling}); change one of them"
+            f"resolution {config.resolution} is not the last of scales ({config.schedule.latent_side}) x the "
+            f"tokenizer's downsampling ({downsampling}); change one of them"
         )
     source = open_source(config.source)
     text_encoder = TextEncoder(config.text_features, device) if config.text_features else None

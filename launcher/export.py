@@ -1,4 +1,4 @@
-"""Export a training run for inference: `python launcher/export.py runs/d30 --out exports/d30 [--step N] [--dtype bf16]`.
+"""Export a training run for inference: `python launcher/export.py runs/d30 --out exports/d30`.
 
 Reads the newest complete checkpoint (or that of --step), writes one folder with the weights as safetensors, config,
 tokenizer and text encoder, and reloads it to verify that it is what the checkpoint holds. Needs no GPU.

@@ -14,7 +14,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="picture file, .png or .jpg")
     parser.add_argument("--count", type=int, default=1, help="pictures per prompt (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; it counts up (default 0)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="guidance at the last scale, 0 for none (default 4)")
+    parser.add_argument(
+        "--guidance", type=float, default=4.0, help="guidance at the last scale, 0 for none (default 4)"
+    )
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 1 is greedy, 0 keeps all")
     parser.add_argument("--top-p", type=float, default=0.0, help="keep the likeliest tokens that hold p; 0 keeps all")
     parser.add_argument("--temperature", type=float, default=1.0)

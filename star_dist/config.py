@@ -64,7 +64,7 @@ class TokenizerSection(Section):
 
 
 class TextSection(Section):
-    """The frozen text encoder: a Hugging Face model id, a folder, or `package:NAME/FOLDER` (CLIP text, T5, any encoder).
+    """The frozen text encoder: a Hugging Face id, a folder or `package:NAME/FOLDER` (CLIP text, T5, any).
 
     pooling: `auto` takes the model's own pooled output where it has one (CLIP: the end-of-text token), else the mean.
     """
@@ -119,7 +119,7 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW. The rate rises linearly for `warmup_steps`, then follows `schedule` down to `final_fraction` of the peak."""
+    """AdamW. The rate rises for `warmup_steps`, then follows `schedule` down to `final_fraction` of the peak."""
 
     learning_rate: float = Field(gt=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -315,7 +315,8 @@ class TokenizerTrainConfig(Section):
     """One training run of the multi-scale VQ-VAE.
 
     muon_learning_rate: peak rate of Muon, which then trains the inner convolutions; null trains everything with AdamW
-    at `learning_rate`. restart_codes_every: steps between moving codes that nobody used onto cells of the current batch, 0 for never.
+    at `learning_rate`. restart_codes_every: steps between moving unused codes onto cells of the current batch, 0 for
+    never.
     """
 
     run_dir: str

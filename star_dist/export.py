@@ -1,9 +1,9 @@
 """The inference folder: what a training run leaves behind for others.
 
-    DIR/config.json           ExportConfig
-    DIR/model.safetensors     the transformer, bf16 or fp32, under the public parameter names
-    DIR/tokenizer/            the VQ-VAE
-    DIR/text_encoder/         a copy of the text encoder, where the run's was a local folder (else config.json names it)
+DIR/config.json           ExportConfig
+DIR/model.safetensors     the transformer, bf16 or fp32, under the public parameter names
+DIR/tokenizer/            the VQ-VAE
+DIR/text_encoder/         a copy of the text encoder, where the run's was a local folder (else config.json names it)
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def read_export_config(folder: Path) -> ExportConfig:
     try:
         return ExportConfig.model_validate_json(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder} is no inference folder: it has no {CONFIG_FILE} (launcher/export.py writes one)") from None
+        raise UserError(
+            f"{folder} is no inference folder: it has no {CONFIG_FILE} (launcher/export.py writes one)"
+        ) from None
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"{path} is damaged: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
@@ -140,7 +142,9 @@ def load_export_tokenizer(folder: Path, config: ExportConfig) -> MultiScaleVQVAE
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     found = tokenizer_hash(tokenizer)
     if found != config.tokenizer_hash:
-        raise UserError(f"{folder}: the tokenizer has hash {found}, the transformer was trained with {config.tokenizer_hash}")
+        raise UserError(
+            f"{folder}: the tokenizer has hash {found}, the transformer was trained with {config.tokenizer_hash}"
+        )
     return tokenizer
 
 

@@ -20,7 +20,7 @@ class ProcessInfo:
 
 
 def prepare_process_environment(omp_threads: int | None = None) -> ProcessInfo:
-    """Completes the variables that torch.distributed, DeepSpeed and mosaicml-streaming read; call before importing them.
+    """Completes what torch.distributed, DeepSpeed and streaming read from the environment; call before importing them.
 
     `deepspeed` sets LOCAL_SIZE but no LOCAL_WORLD_SIZE (streaming then takes every rank for the first of its host);
     torchrun sets all; without a launcher this is one process of one.
@@ -34,7 +34,8 @@ def prepare_process_environment(omp_threads: int | None = None) -> ProcessInfo:
         tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
         if tasks > 1:
             raise UserError(
-                f"srun started {tasks} tasks without a launcher; start one task per node with `deepspeed` or `torchrun` in it"
+                f"srun started {tasks} tasks without a launcher; start one task per node with `deepspeed` or "
+                f"`torchrun` in it"
             )
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())

@@ -20,7 +20,7 @@ from star_dist.errors import UserError
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """hidden_SW: features of all captions' tokens, one caption after another. pooled_BW. lengths: tokens per caption."""
+    """hidden_SW: features of all captions' tokens, caption after caption. pooled_BW. lengths: tokens per caption."""
 
     hidden_SW: Tensor
     pooled_BW: Tensor
@@ -52,7 +52,9 @@ class TextEncoder:
         self.model.to(device).eval().requires_grad_(False)
         width = getattr(self.model.config, "hidden_size", None) or self.model.config.d_model
         if width != config.width:
-            raise UserError(f"text encoder {config.encoder} has width {width}, text.width is {config.width}; change one")
+            raise UserError(
+                f"text encoder {config.encoder} has width {width}, text.width is {config.width}; change one"
+            )
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextFeatures:

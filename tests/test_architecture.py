@@ -9,9 +9,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("star_dist", "launcher", "data_prep") for path in sorted((ROOT / folder).rglob("*.py"))]
-SINGLE_DEVICE = ("star_dist/model/", "star_dist/scales.py", "star_dist/tokenizer/vqvae.py", "star_dist/tokenizer/quantizer.py")
+SINGLE_DEVICE = (
+    "star_dist/model/",
+    "star_dist/scales.py",
+    "star_dist/tokenizer/vqvae.py",
+    "star_dist/tokenizer/quantizer.py",
+)
 ALLOWED_IN_SINGLE_DEVICE = {"torch", "star_dist.model", "star_dist.scales", "star_dist.tokenizer"}
-TORCH_FREE = ["star_dist.config", "star_dist.scales", "star_dist.cli", "star_dist.process", "star_dist.train.checkpoint"]
+TORCH_FREE = [
+    "star_dist.config",
+    "star_dist.scales",
+    "star_dist.cli",
+    "star_dist.process",
+    "star_dist.train.checkpoint",
+]
 
 
 def imports(path: Path) -> set[str]:

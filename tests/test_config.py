@@ -32,7 +32,7 @@ def test_paper_sizes() -> None:
 
 
 def test_overrides_are_json_or_text() -> None:
-    overrides = ["train.steps=3000", "data.remote=s3://bucket/set", "samples.prompts=[\"a\"]", "data.shuffle=false"]
+    overrides = ["train.steps=3000", "data.remote=s3://bucket/set", 'samples.prompts=["a"]', "data.shuffle=false"]
     config = load_config(RunConfig, CONFIGS / "d16.json", overrides)
     assert config.train.steps == 3000
     assert config.data.remote == "s3://bucket/set"

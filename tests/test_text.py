@@ -30,7 +30,9 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = ["!", *letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     (root / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (root / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizerFast(str(root / "vocab.json"), str(root / "merges.txt"), pad_token="!").save_pretrained(root / "tokenizer")
+    CLIPTokenizerFast(str(root / "vocab.json"), str(root / "merges.txt"), pad_token="!").save_pretrained(
+        root / "tokenizer"
+    )
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -47,7 +49,9 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: Pat
     root = tmp_path_factory.mktemp("t5")
     BertTokenizerFast.from_pretrained(text_encoder_folder).save_pretrained(root)
     torch.manual_seed(0)
-    T5EncoderModel(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).save_pretrained(root)
+    T5EncoderModel(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).save_pretrained(
+        root
+    )
     return root
 
 

@@ -44,6 +44,8 @@ def draw_grid(sections: Sequence[GridSection], columns: int, picture_side: int =
                 canvas.paste(enlarged, (left + j * picture_side, cell_top))
             letters = max(8, (cell_width - MARGIN) // (FONT_SIZE // 2))
             lines = textwrap.wrap(label, letters, max_lines=MAX_LABEL_LINES, placeholder="…")
-            pen.multiline_text((left, cell_top + picture_side + 2), "\n".join(lines), fill="#333333", font=font, spacing=2)
+            pen.multiline_text(
+                (left, cell_top + picture_side + 2), "\n".join(lines), fill="#333333", font=font, spacing=2
+            )
         top += count * cell_height
     return canvas

@@ -17,6 +17,8 @@ from star_dist.scales import ScaleSchedule
 from star_dist.text import TextEncoder, TextFeatures
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 
+DEFAULT_OPTIONS = SamplingOptions()
+
 
 class StarPipeline:
     """A trained model with everything it needs to draw pictures.
@@ -54,7 +56,7 @@ class StarPipeline:
         self,
         prompts: str | Sequence[str],
         seed: int | Sequence[int] = 0,
-        options: SamplingOptions = SamplingOptions(),
+        options: SamplingOptions = DEFAULT_OPTIONS,
     ) -> list[Image.Image]:
         """Draws one picture per prompt. seed: one per picture, or a first one that counts up."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -69,7 +69,8 @@ def _find(data: Path, captions: Sequence[str], pipeline: StarPipeline) -> dict[s
     metadata = read_metadata(data)
     if metadata.tokenizer_hash != tokenizer_hash(pipeline.tokenizer):
         raise UserError(
-            f"{data} has tokens of tokenizer {metadata.tokenizer_hash}, the model has {tokenizer_hash(pipeline.tokenizer)}"
+            f"{data} has tokens of tokenizer {metadata.tokenizer_hash}, the model has "
+            f"{tokenizer_hash(pipeline.tokenizer)}; give the data set that the model was trained on"
         )
     wanted, found = set(captions), {}
     for split in metadata.splits:
@@ -80,6 +81,8 @@ def _find(data: Path, captions: Sequence[str], pipeline: StarPipeline) -> dict[s
                 sample = reader[i]
                 if sample["caption"] in wanted:
                     tokens_BL = torch.from_numpy(decode_tokens(sample, metadata)[np.newaxis])
-                    picture = pipeline.tokenizer.decode(tokens_BL.to(pipeline.model.word_embed.weight.device), pipeline.schedule)
+                    picture = pipeline.tokenizer.decode(
+                        tokens_BL.to(pipeline.model.word_embed.weight.device), pipeline.schedule
+                    )
                     found[sample["caption"]] = split, to_pil(picture)[0]
     return found

@@ -1,6 +1,7 @@
-"""Multi-scale residual quantization: one codebook for all scales, a small convolution after each (VAR; golden/README.md).
+"""Multi-scale residual quantization: one codebook for all scales, a small convolution after each (VAR).
 
-Shapes: B batch, C code dimension, V codebook size, H latent side, n side of one scale, N = n * n, L tokens over all scales.
+Shapes: B batch, C code dimension, V codebook size, H latent side, n side of one scale, N = n * n, L tokens over all
+scales.
 """
 
 from __future__ import annotations
@@ -61,9 +62,7 @@ class MultiScaleQuantizer(nn.Module):
         cells_BNC = residual_BCnn.flatten(2).transpose(1, 2)
         codebook_VC = self.embedding.weight
         distance_BNV = (
-            cells_BNC.square().sum(-1, keepdim=True)
-            + codebook_VC.square().sum(-1)
-            - 2 * cells_BNC @ codebook_VC.T
+            cells_BNC.square().sum(-1, keepdim=True) + codebook_VC.square().sum(-1) - 2 * cells_BNC @ codebook_VC.T
         )
         return distance_BNV.argmin(-1)
 

@@ -95,8 +95,8 @@ class CheckpointFolder:
                 state = "is missing" if found is None else f"has {found} bytes"
                 others = [other for other in self.complete_steps() if other != step]
                 raise UserError(
-                    f"checkpoint {path} is damaged: {name} {state}, its marker says {size}; set checkpoint.resume_step to "
-                    f"another complete one ({others}) or remove the folder"
+                    f"checkpoint {path} is damaged: {name} {state}, its marker says {size}; set "
+                    f"checkpoint.resume_step to another complete one ({others}) or remove the folder"
                 )
         return Checkpoint(path, step, marker["world_size"], marker["config"])
 

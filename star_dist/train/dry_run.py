@@ -37,7 +37,8 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"{config.train.global_batch * training:.3e} FLOPs",
         f"on {world_size} GPU(s)        {config.accumulation_steps(world_size)} micro-batches of "
         f"{config.train.micro_batch} pictures each",
-        "state per GPU      " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in memory.items())
+        "state per GPU      "
+        + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in memory.items())
         + f", together {sum(memory.values()) / GIB:.2f} GiB (activations, buffers and the frozen modules come on top)",
         "",
         "DeepSpeed config:",

@@ -22,9 +22,9 @@ from star_dist.train.checkpoint import Checkpoint
 from star_dist.train.optim import build_optimizer, parameter_groups
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)
-from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_fp32_param
 
 MODEL_TAG = "engine"
 
@@ -35,7 +35,9 @@ class Engine:
     Built from the run's config: weights are made partitioned (`zero.Init`), so a host never holds the whole model.
     """
 
-    def __init__(self, config: RunConfig, process: ProcessInfo, initial_weights: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, process: ProcessInfo, initial_weights: dict[str, Tensor] | None = None
+    ) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
         self.config = config
         self.process = process
@@ -47,7 +49,7 @@ class Engine:
             model = STAR(config.star_config(), config.model.attention)
         if not partitioned:
             model.to(self.device)
-        gather = lambda parameter: deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned)  # noqa: E731
+        gather = lambda parameter: deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned)
         if initial_weights is None:
             initialize_weights(model, config.seed, gather)
         else:
@@ -114,8 +116,8 @@ class Engine:
         if checkpoint.world_size != self.process.world_size:
             raise UserError(
                 f"checkpoint {checkpoint.path} was written by {checkpoint.world_size} ranks, this run has "
-                f"{self.process.world_size}; resume with {checkpoint.world_size}, or start another run from an export of "
-                f"it with train.init_from"
+                f"{self.process.world_size}; resume with {checkpoint.world_size}, or start another run from an "
+                f"export of it with train.init_from"
             )
         loaded, _ = self._engine.load_checkpoint(str(checkpoint.path), tag=MODEL_TAG, load_lr_scheduler_states=False)
         if loaded is None:
@@ -167,7 +169,7 @@ def _initialize_process_group() -> None:
 
 
 def consolidate(path: Path, tag: str = MODEL_TAG) -> dict[str, Tensor]:
-    """fp32 weights by name from the files that `Engine.save` wrote, for any ZeRO stage and number of ranks; on the CPU."""
+    """fp32 weights by name, on the CPU, from what `Engine.save` wrote with any ZeRO stage and number of ranks."""
     if not list((path / tag).glob("*_optim_states.pt")):  # stage 0 keeps whole weights
         states = torch.load(path / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
         return {name: tensor.float() for name, tensor in states["module"].items()}

@@ -62,7 +62,9 @@ class MetricsLog:
         self.file.flush()
         if "loss/total" in values:
             self.bar.set_postfix(
-                loss=f"{values['loss/total']:.3f}", images_per_s=f"{values['throughput/images_per_s']:.1f}", refresh=False
+                loss=f"{values['loss/total']:.3f}",
+                images_per_s=f"{values['throughput/images_per_s']:.1f}",
+                refresh=False,
             )
         if self.wandb is not None:
             self.wandb.log(values, step=step)

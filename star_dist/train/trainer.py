@@ -120,7 +120,7 @@ class Trainer:
         return batch
 
     def _text(self, batch: MicroBatch, step: int) -> TextFeatures:
-        """Text features of a training batch, with the captions that guidance training drops replaced by the empty one."""
+        """Features of a batch's captions, those that guidance training drops replaced by the empty one."""
         rate = self.config.train.caption_dropout
         dropped = drop_captions(batch.sample_ids, seed=self.config.seed, step=step, rate=rate)
         if batch.features is None:

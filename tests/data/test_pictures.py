@@ -47,7 +47,10 @@ def test_the_first_frame_of_an_animation() -> None:
     [
         (b"", "empty file"),
         (b"hello", "not a picture"),
-        (encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))[:2000], "truncated"),
+        (
+            encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))[:2000],
+            "truncated",
+        ),
         (encoded(Image.new("RGB", (64, 64)), "JPEG")[:300], "truncated picture|damaged picture"),
     ],
 )

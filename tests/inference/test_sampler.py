@@ -43,7 +43,9 @@ def golden_text(golden: dict[str, torch.Tensor], rows: list[int]) -> TextFeature
     return TextFeatures.pack(pairs)
 
 
-def test_greedy_tokens_and_picture_of_the_public_implementation(golden: dict, golden_tokenizer: MultiScaleVQVAE) -> None:
+def test_greedy_tokens_and_picture_of_the_public_implementation(
+    golden: dict, golden_tokenizer: MultiScaleVQVAE
+) -> None:
     model = golden_model(golden)
     for rows in ([0, 1, 2], [0], [1], [2], [2, 0, 1, 2, 1, 0, 0]):
         text = golden_text(golden, rows)
@@ -62,7 +64,9 @@ def tiny() -> tuple[STAR, MultiScaleVQVAE, TextFeatures, TextFeatures]:
         model.head_logits.weight.mul_(300)
     torch.manual_seed(0)
     vqvae = MultiScaleVQVAE(
-        VQVAEConfig(vocab_size=64, code_dim=8, channels=8, channel_multipliers=(1, 2), norm_groups=4, blocks_per_level=1)
+        VQVAEConfig(
+            vocab_size=64, code_dim=8, channels=8, channel_multipliers=(1, 2), norm_groups=4, blocks_per_level=1
+        )
     )
     text = TextFeatures.pack([(torch.randn(n, 16), torch.randn(16)) for n in (3, 5, 2)])
     empty = TextFeatures.pack([(torch.randn(2, 16), torch.randn(16))])

@@ -47,16 +47,25 @@ def test_help_answers_at_once(command: list[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["launcher/train.py", "--config", "configs/d30.json", "train.stepz=3"], "unknown key train.stepz; did you mean train.steps?"),
+        (
+            ["launcher/train.py", "--config", "configs/d30.json", "train.stepz=3"],
+            "unknown key train.stepz; did you mean train.steps?",
+        ),
         (["launcher/train.py", "--config", "absent.json"], "cannot read config absent.json"),
         (["launcher/train.py", "--config", "configs/d30.json", "train.steps=soon"], "train.steps: input should be"),
-        (["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "7"], "is not a multiple of train.micro_batch 16 x 7 ranks"),
+        (
+            ["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "7"],
+            "is not a multiple of train.micro_batch 16 x 7 ranks",
+        ),
         (["launcher/export.py", "absent", "--out", "out"], "absent is no run folder"),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png"], "absent is no inference folder"),
         (["launcher/sample.py", "absent", "--out", "x.png"], "no prompt given"),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.gif"], "must end in .png or .jpg"),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--top-p", "7"], "top_p must lie in 0..1"),
-        (["-m", "data_prep.tokenize", "--config", "configs/prep/demo.json", "tokenizer=/absent"], "no tokenizer at /absent"),
+        (
+            ["-m", "data_prep.tokenize", "--config", "configs/prep/demo.json", "tokenizer=/absent"],
+            "no tokenizer at /absent",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -74,7 +83,14 @@ def test_mistakes_end_in_one_line(command: list[str], said: str) -> None:
 def test_dry_run_needs_nothing(config: str, parameters: str) -> None:
     result = run(sys.executable, "launcher/train.py", "--config", f"configs/{config}.json", "--dry-run", "--gpus", "8")
     assert result.returncode == 0, result.stderr
-    for said in (parameters, "FLOPs per picture", "state per GPU", '"stage": 3', '"train_batch_size"', "tokens per picture"):
+    for said in (
+        parameters,
+        "FLOPs per picture",
+        "state per GPU",
+        '"stage": 3',
+        '"train_batch_size"',
+        "tokens per picture",
+    ):
         assert said in result.stdout
 
 
@@ -116,5 +132,14 @@ def test_the_whole_way_under_the_deepspeed_launcher(run_config: Callable[..., Ru
     result = run(sys.executable, "launcher/export.py", config.run_dir, "--out", str(tmp_path / "export"))
     assert result.returncode == 0 and "exported step 40" in result.stdout, result.stderr[-2000:]
     picture = tmp_path / "heart.png"
-    result = run(sys.executable, "launcher/sample.py", str(tmp_path / "export"), "red heart", "--seed", "1", "--out", str(picture))
+    result = run(
+        sys.executable,
+        "launcher/sample.py",
+        str(tmp_path / "export"),
+        "red heart",
+        "--seed",
+        "1",
+        "--out",
+        str(picture),
+    )
     assert result.returncode == 0 and picture.read_bytes().startswith(b"\x89PNG"), result.stderr[-2000:]

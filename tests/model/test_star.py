@@ -115,7 +115,11 @@ def tiny() -> STAR:
 def random_batch(lengths: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(len(lengths), SCHEDULE.num_tokens - 1, 8, generator=generator)
-    return inputs, torch.randn(sum(lengths), 16, generator=generator), torch.randn(len(lengths), 16, generator=generator)
+    return (
+        inputs,
+        torch.randn(sum(lengths), 16, generator=generator),
+        torch.randn(len(lengths), 16, generator=generator),
+    )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -161,7 +165,8 @@ def test_samples_of_several_resolutions_pack_without_touching_each_other(kernel:
     pooled = torch.randn(4, 16, generator=generator)
     packed = model(torch.cat(inputs), torch.cat(texts), pooled, layout=PackedLayout(schedules, lengths))
     alone = [
-        model(inputs[i], texts[i], pooled[i : i + 1], layout=PackedLayout((schedules[i],), (lengths[i],))) for i in range(4)
+        model(inputs[i], texts[i], pooled[i : i + 1], layout=PackedLayout((schedules[i],), (lengths[i],)))
+        for i in range(4)
     ]
     assert (packed - torch.cat(alone)).abs().max() < 1e-5
 
@@ -186,8 +191,12 @@ def test_every_parameter_gets_a_gradient(tiny: STAR) -> None:
     lengths = (3, 5)
     inputs, hidden, pooled = random_batch(lengths)
     targets = torch.zeros(2 * SCHEDULE.num_tokens, dtype=torch.long)
-    tiny(pack_inputs(inputs), hidden, pooled, targets, layout=PackedLayout.uniform(SCHEDULE, 2, lengths))[0].sum().backward()
-    without = [name for name, parameter in tiny.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    tiny(pack_inputs(inputs), hidden, pooled, targets, layout=PackedLayout.uniform(SCHEDULE, 2, lengths))[
+        0
+    ].sum().backward()
+    without = [
+        name for name, parameter in tiny.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
     assert without == []
 
 

@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def golden(golden_dir: Path) -> dict[str, Tensor]:
     with safe_open(golden_dir / "vqvae_a.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 @pytest.fixture(scope="module")

@@ -48,9 +48,7 @@ def test_loss_falls_and_everything_is_reported(run_config: MakeConfig) -> None:
 
 
 @pytest.mark.parametrize("stage", [3, 0, 1, 2])
-def test_step_is_the_same_however_the_global_batch_is_split(
-    run_config: MakeConfig, tmp_path: Path, stage: int
-) -> None:
+def test_step_is_the_same_however_the_global_batch_is_split(run_config: MakeConfig, tmp_path: Path, stage: int) -> None:
     """1 rank x 8, 1 x 2 x 4 micro-batches and 2 ranks x 2 x 2: the same losses and the same weights."""
     splits = [(1, 8), (1, 2), (2, 2)] if stage == 3 else [(2, 2)]
     results = {}
@@ -74,7 +72,7 @@ def test_step_is_the_same_however_the_global_batch_is_split(
 
 
 def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig) -> None:
-    """The engine against twenty lines of PyTorch: loss scaling, clipping, groups, rate, caption dropping, data order."""
+    """The engine against twenty lines of PyTorch: loss scaling, clipping, groups, rate, dropped captions, order."""
     from star_dist.data.dataset import TrainBatches, drop_captions, fetch_metadata
     from star_dist.model.initialization import initialize_weights
     from star_dist.model.layout import PackedLayout
