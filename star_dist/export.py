@@ -8,6 +8,7 @@ DIR/text_encoder/         a copy of the text encoder, where the run's was a loca
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -26,6 +27,8 @@ from star_dist.text import save_text_encoder
 from star_dist.tokenizer.io import load_tokenizer, save_tokenizer, tokenizer_hash
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.weights import check_names_and_shapes, read_weights
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "star-dist inference folder 1"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -56,12 +59,15 @@ class ExportConfig(Section):
 def check_weights(weights: dict[str, Tensor], model: STAR, source: str) -> dict[str, Tensor]:
     """Accepts our own and the public layout: drops what carries no information, refuses what does not fit.
 
-    Returns the weights under the model's names. Raises:
+    Returns the weights under the model's names; a warning names what was ignored.
+
+    Raises:
         UserError: missing or unknown names or wrong shapes, all of them named.
     """
     weights = dict(weights)
     for name in list(weights):
         if name in IGNORED_PUBLIC_NAMES:
+            logger.warning("%s: ignored %s, which STAR never uses", source, name)
             del weights[name]
         elif name.endswith(ZERO_BUFFER_SUFFIX):
             if weights[name].any():
@@ -108,8 +114,10 @@ def write_inference_folder(
 
 
 def read_export_config(folder: Path) -> ExportConfig:
-    """Raises:
-    UserError: no inference folder there, or a damaged one.
+    """Reads and validates `config.json` of an inference folder.
+
+    Raises:
+        UserError: no inference folder there, or a damaged one.
     """
     path = folder / CONFIG_FILE
     try:

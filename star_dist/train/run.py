@@ -16,7 +16,7 @@ from typing import IO
 from star_dist.config import RunConfig, dump_config
 from star_dist.errors import UserError
 from star_dist.process import ProcessInfo
-from star_dist.train.checkpoint import CheckpointFolder, check_same_run
+from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, check_same_run
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "safetensors", "numpy")
 
@@ -32,6 +32,8 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     config.accumulation_steps(process.world_size)
     checkpoint = CheckpointFolder(run_dir).find(config.checkpoint.resume_step)
     changes = check_same_run(checkpoint, config) if checkpoint is not None else []
+    if checkpoint is not None and checkpoint.step >= config.train.steps:
+        return _report_finished(run_dir, checkpoint, config, process)
 
     from star_dist.data.dataset import fetch_metadata
     from star_dist.data.schema import check_matches
@@ -59,6 +61,21 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     finally:
         engine.close()
         del lock
+
+
+def _report_finished(run_dir: Path, checkpoint: Checkpoint, config: RunConfig, process: ProcessInfo) -> None:
+    """Says that there is nothing left to train.
+
+    Raises:
+        UserError: the checkpoint is from beyond the last step, so train.steps was made smaller.
+    """
+    if checkpoint.step > config.train.steps:
+        raise UserError(
+            f"{run_dir} has a checkpoint of step {checkpoint.step}, beyond train.steps {config.train.steps}; set "
+            f"checkpoint.resume_step to an earlier one, or train.steps to {checkpoint.step} or more"
+        )
+    if process.rank == 0:
+        print(f"{run_dir} is trained to step {checkpoint.step} of {config.train.steps}; nothing to do")
 
 
 def _claim_run_folder(run_dir: Path) -> IO[str]:

@@ -79,13 +79,14 @@ def test_equation_2_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("depth", [16, 30])
-def test_published_layout(golden_dir: Path, depth: int) -> None:
+def test_published_layout(golden_dir: Path, depth: int, caplog: pytest.LogCaptureFixture) -> None:
     layout = json.loads((golden_dir / "star_official_layout.json").read_text())[str(depth)]
     with torch.device("meta"):
         model = STAR(StarConfig(depth=depth, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)))
         assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED_PARAMETERS[depth]
     public = {name: torch.zeros(()).expand(shape) for name, shape in layout.items()}
     assert set(check_weights(public, model, "public")) == set(dict(model.named_parameters()))
+    assert caplog.messages == ["public: ignored class_emb.weight, which STAR never uses"]
 
 
 def test_weights_that_do_not_fit_are_named() -> None:

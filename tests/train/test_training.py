@@ -176,6 +176,15 @@ def test_a_finished_run_started_again_does_nothing(run_config: MakeConfig) -> No
     config = run_config(train={"steps": 3})
     before = train_on(config, 1)
     assert train_on(config, 1) == before
+    with pytest.raises(RankFailed, match=r"checkpoint of step 3, beyond train\.steps 2"):
+        train_on(run_config(train={"steps": 2}), 1)
+
+
+def test_weights_and_biases_offline(run_config: MakeConfig) -> None:
+    config = run_config(train={"steps": 2}, logging={"wandb": "offline", "every": 1})
+    train_on(config, 1)
+    (recorded,) = (Path(config.run_dir) / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"loss/scale_4" in recorded.read_bytes()
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(run_config: MakeConfig) -> None:
