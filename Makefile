@@ -30,7 +30,7 @@ lock:
 
 demo: .venv/installed
 	$(BIN)/python -m data_prep.openmoji --out $(DEMO)/pictures --side 32
-	$(BIN)/torchrun --standalone --nproc_per_node 2 launcher/train_tokenizer.py --config configs/tokenizer_demo.json
+	$(BIN)/deepspeed --num_gpus 2 launcher/train_tokenizer.py --config configs/tokenizer_demo.json
 	$(BIN)/python -m data_prep.tokenize --config configs/prep/demo.json
 	$(BIN)/deepspeed --num_gpus 2 launcher/train.py --config configs/demo.json
 	$(BIN)/python launcher/export.py $(DEMO)/train --out $(DEMO)/export

@@ -22,6 +22,7 @@ setup(
         "transformers>=4.56,<5",  # mosaicml-streaming pins it below 5
         "mosaicml-streaming>=0.13,<0.14",
         "wandb>=0.18",
+        "boto3>=1.34",
         "safetensors>=0.5",
         "pydantic>=2.8",
         "numpy>=1.26",

@@ -26,8 +26,10 @@ from star_dist.data.pictures import UnreadablePicture, crop_and_resize, decode_p
 from star_dist.data.schema import (
     EMPTY_CAPTION_FILE,
     METADATA_FILE,
+    SHARD_HASH,
     DatasetMetadata,
     columns,
+    content_hash,
     encode_sample,
     read_metadata,
     token_dtype,
@@ -67,6 +69,8 @@ def tokenize(config: PrepConfig, device_name: str | None = None) -> DatasetMetad
     job = json.loads(dump_config(config)) | {"tokenizer_hash": tokenizer_hash(tokenizer)}
     if (output / METADATA_FILE).is_file():
         return _reuse(output, job)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {output} exists and is no data set; choose another output")
     downsampling = tokenizer.config.downsampling
     if config.schedule.resolution(downsampling) != config.resolution:
         raise UserError(
@@ -86,7 +90,7 @@ def tokenize(config: PrepConfig, device_name: str | None = None) -> DatasetMetad
         split: MDSWriter(
             out=str(partial / split),
             columns=columns(text_encoder is not None),
-            hashes=["xxh64"],
+            hashes=[SHARD_HASH],
             size_limit=config.shard_size_bytes,
         )
         for split in splits
@@ -129,13 +133,13 @@ def tokenize(config: PrepConfig, device_name: str | None = None) -> DatasetMetad
         token_dtype=dtype.str,
         text_features=config.text_features,
         splits={split: kept[split] for split in splits},
+        content_hash=content_hash(partial, splits),
         rejected=dict(rejected),
         attribution=config.attribution,
     )
     (partial / JOB_FILE).write_text(json.dumps(job, indent=2) + "\n")
     write_metadata(partial, metadata)
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(partial, output)
+    os.replace(partial, output)  # takes the place of an empty folder too
     rate = sum(kept.values()) / (time.perf_counter() - started)
     print(f"{output}: kept {dict(kept)}, rejected {dict(rejected) or 'none'}, {rate:.0f} pictures/s")
     return metadata

@@ -30,6 +30,8 @@ def main() -> None:
         captions = [line.strip() for line in Path(arguments.captions).read_text().splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"cannot read {arguments.captions}: {error.strerror}") from None
+    if arguments.count < 1 or arguments.columns < 1:
+        raise UserError(f"--count and --columns must be positive, got {arguments.count} and {arguments.columns}")
     if not captions:
         raise UserError(f"{arguments.captions} holds no caption")
 

@@ -16,10 +16,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from star_dist.config import RunConfig, load_config
+    from star_dist.errors import UserError
     from star_dist.process import prepare_process_environment
 
     config = load_config(RunConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
+        if arguments.gpus < 1:
+            raise UserError(f"--gpus must be positive, got {arguments.gpus}")
         from star_dist.train.dry_run import describe
 
         print(describe(config, arguments.gpus))

@@ -1,7 +1,7 @@
-"""Train the multi-scale VQ-VAE: `python launcher/train_tokenizer.py --config configs/tokenizer.json [key=value …]`.
+"""Train the multi-scale VQ-VAE: `deepspeed launcher/train_tokenizer.py --config configs/tokenizer.json [key=value …]`.
 
-For several processes: `torchrun --nproc_per_node 2 launcher/train_tokenizer.py --config …`. The same command resumes
-from the last checkpoint; the run folder becomes the tokenizer's folder.
+Also starts under torchrun and, for one process, under plain python. The same command resumes from the last checkpoint;
+the run folder becomes the tokenizer's folder.
 """
 
 from star_dist.cli import add_config_arguments, command_parser, run_command
@@ -10,6 +10,7 @@ from star_dist.cli import add_config_arguments, command_parser, run_command
 def main() -> None:
     parser = command_parser(__doc__)
     add_config_arguments(parser)
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher, not by people")
     arguments = parser.parse_args()
 
     from star_dist.config import TokenizerTrainConfig, load_config

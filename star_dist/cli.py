@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ from star_dist.errors import UserError
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130
+OTHER_RANKS_WAIT_S = 10
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -19,9 +21,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        # All ranks of a host see the same files and the same config, so one of them speaks for all.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        if local_rank != "0":
+            # The first rank of the host has most likely found the same; the launcher then ends this one as it waits.
+            time.sleep(OTHER_RANKS_WAIT_S)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_EXIT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from star_dist.scales import ScaleSchedule
 from star_dist.tokenizer.config import VQVAEConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -98,7 +99,7 @@ class DataSection(Section):
     prefetch_batches: Positive = 4
     cache_limit: str | None = None
     download_timeout_s: Positive = 60
-    download_retry: Count = 2
+    download_attempts: Positive = 3
 
 
 class TrainSection(Section):
@@ -113,7 +114,7 @@ class TrainSection(Section):
     micro_batch: Positive
     caption_dropout: Fraction = 0.1
     precision: Literal["bf16", "fp32"] = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 3
+    zero_stage: Literal[1, 2, 3] = 3
     init_from: str | None = None
     omp_threads: Positive | None = None
 
@@ -122,7 +123,7 @@ class OptimizerSection(Section):
     """AdamW. The rate rises for `warmup_steps`, then follows `schedule` down to `final_fraction` of the peak."""
 
     learning_rate: float = Field(gt=0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     gradient_clipping: float = Field(1.0, gt=0)
@@ -134,7 +135,8 @@ class OptimizerSection(Section):
 class CheckpointSection(Section):
     """every: steps between checkpoints; the last step always writes one. keep_last: older complete ones are removed.
 
-    resume_step: `null` takes the newest complete checkpoint of the run folder, a number demands that one.
+    resume_step: `null` takes the newest complete checkpoint of the run folder. A number goes back to that one and sets
+    later ones aside; give it for one start only, because every start with it goes back again.
     """
 
     every: Positive = 1000
@@ -152,9 +154,9 @@ class ValidationSection(Section):
 class SamplesSection(Section):
     """Pictures drawn during training: `every` steps (0 for none), one per prompt, always with the same seed."""
 
-    every: Count = 1000
+    every: Count = 0
     prompts: tuple[str, ...] = ()
-    guidance: float = 4.0
+    guidance: float = Field(4.0, ge=0)
     top_k: Count = 0
     top_p: Fraction = 0.0
     seed: int = 0
@@ -187,6 +189,25 @@ DERIVED_DEEPSPEED_KEYS = {
     "steps_per_print": "logging.every",
     "wandb": "logging.wandb",
 }
+
+# Sections of DeepSpeed's own configuration that a run may set; DeepSpeed itself ignores a misspelt one in silence.
+DEEPSPEED_SECTIONS = (
+    "activation_checkpointing",
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "tensorboard",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
 
 
 class RunConfig(Section):
@@ -234,6 +255,15 @@ class RunConfig(Section):
                 f"validation.every is {self.validation.every} but data.validation_split is null; name the split or "
                 f"set validation.every to 0"
             )
+        if self.samples.every and not self.samples.prompts:
+            raise ValueError(
+                f"samples.every is {self.samples.every} but samples.prompts is empty; give prompts or set it to 0"
+            )
+        for key in self.deepspeed:
+            if key not in DEEPSPEED_SECTIONS and key not in DERIVED_DEEPSPEED_KEYS:
+                nearest = difflib.get_close_matches(key, DEEPSPEED_SECTIONS, n=1, cutoff=0.4)
+                hint = f"; did you mean deepspeed.{nearest[0]}?" if nearest else ""
+                raise ValueError(f"unknown key deepspeed.{key}{hint}")
         for key, source in DERIVED_DEEPSPEED_KEYS.items():
             if _lookup(self.deepspeed, key) is not None:
                 raise ValueError(f"deepspeed.{key} is derived from {source}; set it there and remove it here")

@@ -77,6 +77,23 @@ def check_weights(weights: dict[str, Tensor], model: STAR, source: str) -> dict[
     return weights
 
 
+def check_replaceable(folder: Path) -> None:
+    """Makes sure that an export deletes nothing but an earlier export.
+
+    Raises:
+        UserError: the folder exists, is not empty and is no inference folder.
+    """
+    if not folder.name:
+        raise UserError(f"--out {str(folder)!r} has no name of its own; give the folder to write")
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            read_export_config(folder)
+        except UserError:
+            raise UserError(f"{folder} exists and is no inference folder; choose another --out") from None
+    elif folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --out")
+
+
 def write_inference_folder(
     folder: Path, weights: dict[str, Tensor], config: RunConfig, step: int, dtype: Literal["bf16", "fp32"]
 ) -> None:

@@ -69,10 +69,12 @@ class TextEncoder:
         )
         mask_BS = batch["attention_mask"].bool()
         lengths = tuple(mask_BS.sum(1).tolist())
+        present = mask_BS.flatten().nonzero().flatten().to(self.device)  # found on the CPU, so the device never waits
         ids, mask_BS = batch["input_ids"].to(self.device), mask_BS.to(self.device)
         output = self.model(input_ids=ids, attention_mask=mask_BS.long())
         hidden_BSW = output.last_hidden_state
-        return TextFeatures(hidden_BSW[mask_BS], self._pool(output, hidden_BSW, mask_BS), lengths)
+        hidden_SW = hidden_BSW.flatten(0, 1).index_select(0, present)
+        return TextFeatures(hidden_SW, self._pool(output, hidden_BSW, mask_BS), lengths)
 
     def _pool(self, output: object, hidden_BSW: Tensor, mask_BS: Tensor) -> Tensor:
         is_clip = self.model.config.model_type.startswith("clip")

@@ -54,6 +54,13 @@ def test_overrides_are_json_or_text() -> None:
         ("model.heads=7", r"width 1024 does not divide into heads 7"),
         ("optimizer.warmup_steps=999999999", r"warmup_steps 999999999 is more than train\.steps"),
         ("data.validation_split=null", r"validation\.every is \d+ but data\.validation_split is null"),
+        ("samples.prompts=[]", r"samples\.every is 1000 but samples\.prompts is empty"),
+        ("samples.guidance=-1", r"samples\.guidance: .*greater than or equal to 0.*got -1"),
+        ("optimizer.betas=[1.0,0.9]", r"optimizer\.betas\.0: .*less than 1"),
+        (
+            'deepspeed={"zero_optimisation":{}}',
+            r"unknown key deepspeed\.zero_optimisation; did you mean deepspeed\.zero_opt",
+        ),
         ('deepspeed={"train_batch_size":4}', r"deepspeed\.train_batch_size is derived from train\.global_batch"),
         ('deepspeed={"zero_optimization":{"stage":1}}', r"zero_optimization\.stage is derived from train\.zero_stage"),
         ("train.steps.more=1", r"train\.steps is a value, not a section"),

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from star_dist.config import DataSection, RunConfig
 from star_dist.data.schema import (
     EMPTY_CAPTION_FILE,
     METADATA_FILE,
+    SHARD_HASH,
     DatasetMetadata,
     decode_features,
     decode_tokens,
@@ -34,6 +37,10 @@ from star_dist.data.schema import (
 )
 from star_dist.errors import UserError
 from star_dist.text import TextFeatures
+from star_dist.weights import read_weights
+
+SHARD_ADVICE = "check the remote, or remove the cache and start again"
+WORKER_ERROR_PREFIX = f"{UserError.__module__}.{UserError.__qualname__}: "
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,32 @@ class CaptionedTokens(StreamingDataset):
             split=split,
             cache_limit=data.cache_limit,
             download_timeout=data.download_timeout_s,
-            download_retry=data.download_retry,
+            download_retry=data.download_attempts,
+            validate_hash=SHARD_HASH if data.remote is not None else None,
             **options,
         )
         self.metadata = metadata
         self.feature_width = text_width if data.text_features else None
+        self.place = f"{data.remote or data.local}/{split}"
+        self.failure: BaseException | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Streams this rank's samples.
+
+        Raises:
+            UserError: a shard that cannot be downloaded, or whose bytes are not those that the index promises.
+        """
+        self.failure = None
+        yield from super().__iter__()
+        if self.failure is not None:
+            reason = str(self.failure).strip().splitlines() or [type(self.failure).__name__]
+            raise UserError(f"cannot read the data set at {self.place}: {reason[0]}; {SHARD_ADVICE}")
+
+    def on_exception(self, future: Future) -> None:
+        """Keeps what a download thread died of: the library would end the epoch early and say nothing."""
+        if future.exception() is not None:
+            self.failure = future.exception()
+            self._event.set()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         stored = super().__getitem__(index)
@@ -149,7 +177,11 @@ class TrainBatches:
             remaining = (self.steps_per_epoch - step_in_epoch) * self.micro_batches_per_step
             batches = iter(self.loader)
             for _ in range(remaining):
-                yield next(batches)
+                try:
+                    batch = next(batches)
+                except UserError as error:  # a loader worker sends it with its traceback before the message
+                    raise UserError(str(error).strip().splitlines()[-1].removeprefix(WORKER_ERROR_PREFIX)) from None
+                yield batch
             del batches  # stops this epoch's workers before the next epoch's start
             epoch, step_in_epoch = epoch + 1, 0
 
@@ -190,40 +222,47 @@ def drop_captions(sample_ids: Sequence[int], *, seed: int, step: int, rate: floa
 
 
 def fetch_metadata(data: DataSection) -> DatasetMetadata:
-    """Reads `dataset.json` of a data set, through the local cache where the data set is remote.
+    """Reads `dataset.json` of a data set, and for a remote one keeps it in the local cache.
 
     Raises:
-        UserError: no data set there, or a remote that cannot be read.
+        UserError: no data set there, a remote that cannot be read, or a cache that holds another version of it.
     """
-    if data.remote is not None:
-        fetch_file(data, METADATA_FILE)
-    return read_metadata(Path(data.local))
+    local = Path(data.local)
+    if data.remote is None:
+        return read_metadata(local)
+    local.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=local) as fetched:
+        _download(data, METADATA_FILE, Path(fetched))
+        metadata = read_metadata(Path(fetched))
+        # Streaming takes whatever shard it finds in the cache for the remote's.
+        if (local / METADATA_FILE).is_file() and read_metadata(local) != metadata:
+            raise UserError(f"the cache {local} holds another version of {data.remote}; remove the folder")
+        os.replace(Path(fetched) / METADATA_FILE, local / METADATA_FILE)
+    return metadata
 
 
 def fetch_empty_caption(data: DataSection) -> TextFeatures:
-    """Stored features of the empty caption, for data sets with text features."""
-    from safetensors.torch import load_file
+    """Stored features of the empty caption, for data sets with text features.
 
-    if data.remote is not None:
-        fetch_file(data, EMPTY_CAPTION_FILE)
-    tensors = load_file(Path(data.local) / EMPTY_CAPTION_FILE)
+    Raises:
+        UserError: the file is missing or damaged, or the remote cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as fetched:
+        folder = Path(data.local) if data.remote is None else Path(fetched)
+        if data.remote is not None:
+            _download(data, EMPTY_CAPTION_FILE, folder)
+        tensors = read_weights(folder / EMPTY_CAPTION_FILE)
     return TextFeatures.pack([(tensors["text_hidden"], tensors["text_pooled"])])
 
 
-def fetch_file(data: DataSection, name: str) -> None:
-    """Copies one small file of a remote data set into the local cache, complete or not at all."""
-    target = Path(data.local) / name
-    partial = target.with_name(f"{name}.{os.getpid()}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _download(data: DataSection, name: str, folder: Path) -> None:
+    """Copies one small file of a remote data set into a folder."""
     try:
         downloader = CloudDownloader.get(data.remote)
-        downloader.download(f"{data.remote.rstrip('/')}/{name}", str(partial), data.download_timeout_s)
-        os.replace(partial, target)
+        downloader.download(f"{data.remote.rstrip('/')}/{name}", str(folder / name), data.download_timeout_s)
     except Exception as error:  # every cloud client has its own exceptions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot read {name} of the data set at {data.remote}: {reason}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_local_shards(data: DataSection, split: str) -> None:

@@ -11,8 +11,9 @@ text width.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from star_dist.errors import UserError
 SCHEMA_VERSION = 1
 METADATA_FILE = "dataset.json"
 EMPTY_CAPTION_FILE = "empty_caption.safetensors"
+SHARD_HASH = "xxh64"  # of every shard, in the index that MDSWriter writes
 FEATURE_DTYPE = np.dtype("<f2")
 UINT16_VALUES = 2**16
 
@@ -33,7 +35,8 @@ class DatasetMetadata(Section):
     """What a trainer must know to use the shards.
 
     tokenizer_hash: `tokenizer_hash` of the VQ-VAE that made the tokens. text_features: the encoder whose features are
-    stored, null where captions alone are. splits: samples of each split. rejected: pictures left out, by reason.
+    stored, null where captions alone are. splits: samples of each split. content_hash: over the indices of all splits,
+    which hold the shards' hashes. rejected: pictures left out, by reason.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -46,6 +49,7 @@ class DatasetMetadata(Section):
     token_dtype: str
     text_features: TextSection | None = None
     splits: dict[str, int]
+    content_hash: str
     rejected: dict[str, int] = {}
     attribution: str = ""
 
@@ -89,6 +93,14 @@ def decode_features(sample: Mapping[str, Any], width: int) -> tuple[np.ndarray, 
     """Stored text features of one sample; hidden (S, W) and pooled (W,), float16."""
     hidden = np.frombuffer(sample["text_hidden"], dtype=FEATURE_DTYPE).reshape(-1, width)
     return hidden.copy(), np.frombuffer(sample["text_pooled"], dtype=FEATURE_DTYPE).copy()
+
+
+def content_hash(root: Path, splits: Iterable[str]) -> str:
+    """Identity of all samples of a data set, as 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for split in sorted(splits):
+        digest.update((root / split / "index.json").read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def write_metadata(root: Path, metadata: DatasetMetadata) -> None:

@@ -72,6 +72,8 @@ def _find(data: Path, captions: Sequence[str], pipeline: StarPipeline) -> dict[s
             f"{data} has tokens of tokenizer {metadata.tokenizer_hash}, the model has "
             f"{tokenizer_hash(pipeline.tokenizer)}; give the data set that the model was trained on"
         )
+    if metadata.scales != pipeline.schedule.sides:
+        raise UserError(f"{data} has scales {list(metadata.scales)}, the model {list(pipeline.schedule.sides)}")
     wanted, found = set(captions), {}
     for split in metadata.splits:
         index = json.loads((data / split / "index.json").read_text())

@@ -7,7 +7,7 @@ sample; cross-attention sees the text of its own sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from star_dist.model.layout import PackedLayout
 from star_dist.scales import ScaleSchedule
 
 KeyValue = tuple[Tensor, Tensor]
+TextPadding = tuple[Tensor, Tensor]
 
 
 class AttentionContext(Protocol):
@@ -31,9 +32,10 @@ class AttentionContext(Protocol):
 class PackedAttention:
     """All tokens of a packed batch at once, for training and teacher-forced evaluation."""
 
-    def __init__(self, layout: PackedLayout, kernel: str) -> None:
+    def __init__(self, layout: PackedLayout, kernel: str, device: torch.device) -> None:
         self.layout = layout
         self.block_causal, self.cross = KERNELS[kernel]
+        self.text_padding = text_padding(layout, device) if layout.text_lengths else ()
 
     def attend_image(self, layer: int, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
         """Block-causal attention; (T, H, d) -> (T, H, d)."""
@@ -41,7 +43,7 @@ class PackedAttention:
 
     def attend_text(self, layer: int, query_THd: Tensor, key_value: Callable[[], KeyValue]) -> Tensor:
         """Attention to the sample's own text, keys and values (S, H, d); (T, H, d) -> (T, H, d)."""
-        return self.cross(query_THd, *key_value(), self.layout)
+        return self.cross(query_THd, *key_value(), self.layout, self.text_padding)
 
 
 def choose_kernel(name: str) -> str:
@@ -80,7 +82,9 @@ def _reference_block_causal(query_THd: Tensor, key_THd: Tensor, value_THd: Tenso
     )
 
 
-def _reference_cross(query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout) -> Tensor:
+def _reference_cross(
+    query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, padding: Sequence[TextPadding]
+) -> Tensor:
     lengths = [schedule.num_tokens for schedule in layout.schedules]
     text_lengths = list(layout.text_lengths)
     samples = zip(query_THd.split(lengths), key_SHd.split(text_lengths), value_SHd.split(text_lengths))
@@ -106,23 +110,27 @@ def _sdpa_block_causal(query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, la
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _sdpa_cross(query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout) -> Tensor:
+def _sdpa_cross(
+    query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, padding: Sequence[TextPadding]
+) -> Tensor:
     outputs = []
-    for run in layout.runs:
-        lengths = layout.text_lengths[run.samples]
-        key, value, mask = key_SHd, value_SHd, None
-        if len(layout.runs) > 1 or len(set(lengths)) > 1:
-            index_BS, present_BS = padded_text_index(layout.text_starts[run.samples], lengths)
-            key, value = key_SHd[index_BS.to(key.device)], value_SHd[index_BS.to(key.device)]
-            mask = present_BS.to(key.device)[:, None, None, :]
-        else:
-            key, value = (x.unflatten(0, (run.count, -1)) for x in (key_SHd, value_SHd))
+    for run, (index_BS, present_BS) in zip(layout.runs, padding):
         query = query_THd[run.tokens].unflatten(0, (run.count, -1))
-        outputs.append(scaled_dot_product(query, key, value, mask).flatten(0, 1))
+        mask = present_BS[:, None, None, :]
+        outputs.append(scaled_dot_product(query, key_SHd[index_BS], value_SHd[index_BS], mask).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def padded_text_index(starts: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def text_padding(layout: PackedLayout, device: torch.device) -> list[TextPadding]:
+    """For every run of samples, where its text tokens stand, for kernels that take rectangles. Made once a batch."""
+    padding = []
+    for run in layout.runs:
+        index_BS, present_BS = padded_text_index(layout.text_starts[run.samples], layout.text_lengths[run.samples])
+        padding.append((index_BS.to(device), present_BS.to(device)))
+    return padding
+
+
+def padded_text_index(starts: tuple[int, ...], lengths: tuple[int, ...]) -> TextPadding:
     """Where the text tokens of each sample stand in the packed text, padded to the longest; (B, S) int64 and bool."""
     offsets = torch.arange(max(lengths))
     present_BS = offsets < torch.tensor(lengths)[:, None]

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +24,11 @@ INITIAL_QUERY_SCALE = 4.0
 HEAD_GAIN = 0.02
 
 
-def initialize_weights(
-    model: STAR, seed: int, gather: Callable[[nn.Parameter], AbstractContextManager] = lambda parameter: nullcontext()
-) -> None:
-    """Fills every parameter in place. `gather` makes a partitioned parameter whole for the time it is written."""
+@torch.no_grad()
+def initialize_weights(model: STAR, seed: int) -> None:
+    """Fills every parameter of a whole model in place (`train/engine.py` does the same for a partitioned one)."""
     for name, parameter in model.named_parameters():
-        with gather(parameter), torch.no_grad():
-            parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+        parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
 
 
 def initial_value(name: str, shape: torch.Size, config: StarConfig, seed: int) -> Tensor:

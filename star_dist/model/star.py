@@ -86,7 +86,7 @@ class STAR(nn.Module):
         x_TD = self.word_embed(inputs_TC.to(dtype))
         x_TD = x_TD.index_copy(0, layout.first_tokens(device), self.start_token(pooled_BW.to(dtype)))
         x_TD = self.add_positions(x_TD, layout.scale_ids(device), layout.positions(device))
-        context = PackedAttention(layout, self.attention)
+        context = PackedAttention(layout, self.attention, device)
         x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device), context)
         logits_TV = self.head_logits(x_TD)
         if targets_T is None:

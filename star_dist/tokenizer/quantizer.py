@@ -7,6 +7,7 @@ scales.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class SharedPhi(nn.Module):
 class MultiScaleQuantizer(nn.Module):
     """Quantizes a latent as a sum of up-sampled code maps of growing size, and back.
 
-    Everything runs in float32 outside autocast, because a nearest-code search in lower precision picks other tokens.
+    Everything runs in float32, not in autocast and not in TF32: the nearest code in lower precision is another token.
     """
 
     def __init__(self, config: VQVAEConfig) -> None:
@@ -101,7 +102,7 @@ class MultiScaleQuantizer(nn.Module):
                 f"a latent of {tuple(latent_BCHH.shape[-2:])} cells cannot be quantized with scales "
                 f"{list(schedule.sides)}, whose last side must equal the latent's side"
             )
-        with torch.autocast(latent_BCHH.device.type, enabled=False):
+        with full_float32(latent_BCHH.device):
             return torch.cat([tokens for tokens, _ in self.residual_steps(latent_BCHH.float(), schedule)], dim=1)
 
     def decode(self, tokens_BL: Tensor, schedule: ScaleSchedule) -> Tensor:
@@ -136,7 +137,7 @@ class MultiScaleQuantizer(nn.Module):
 
         Scale 1 has no token input: the start token stands there.
         """
-        with torch.autocast(tokens_BL.device.type, enabled=False):
+        with full_float32(tokens_BL.device):
             latent_BCHH = self.empty_latent(len(tokens_BL), schedule)
             inputs = []
             for scale in range(len(schedule) - 1):
@@ -149,3 +150,12 @@ class MultiScaleQuantizer(nn.Module):
 def scale_tokens(tokens_BL: Tensor, scale: int, schedule: ScaleSchedule) -> Tensor:
     """The tokens of one scale; (B, L) -> (B, N)."""
     return tokens_BL[:, schedule.starts[scale] : schedule.ends[scale]]
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Convolutions in float32 proper: no autocast, and on a GPU no TF32, which cuDNN would use by default."""
+    cudnn = torch.backends.cudnn
+    flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with torch.autocast(device.type, enabled=False), cudnn.flags(**flags, allow_tf32=False):
+        yield

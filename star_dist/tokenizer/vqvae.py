@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from star_dist.scales import ScaleSchedule
 from star_dist.tokenizer.config import VQVAEConfig
-from star_dist.tokenizer.quantizer import MultiScaleQuantizer
+from star_dist.tokenizer.quantizer import MultiScaleQuantizer, full_float32
 
 
 class ResidualBlock(nn.Module):
@@ -186,9 +186,11 @@ class MultiScaleVQVAE(nn.Module):
     @torch.no_grad()
     def encode(self, image: Tensor, schedule: ScaleSchedule) -> Tensor:
         """Tokens of all scales; (B, 3, side, side) in [-1, 1] -> (B, L) int64."""
-        return self.quantize.encode(self.encode_latent(image), schedule)
+        with full_float32(image.device):
+            return self.quantize.encode(self.encode_latent(image), schedule)
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor, schedule: ScaleSchedule) -> Tensor:
         """Pictures of tokens; (B, L) -> (B, 3, side, side) clamped to [-1, 1]."""
-        return self.decode_latent(self.quantize.decode(tokens_BL, schedule)).clamp(-1, 1)
+        with full_float32(tokens_BL.device):
+            return self.decode_latent(self.quantize.decode(tokens_BL, schedule)).clamp(-1, 1)

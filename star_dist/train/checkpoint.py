@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ MAY_CHANGE = (
     "data.prefetch_batches",
     "data.cache_limit",
     "data.download_timeout_s",
-    "data.download_retry",
-    "tokenizer.path",  # the weights behind it are compared by the data set's hash
+    "data.download_attempts",
+    "tokenizer.path",  # the marker records the hash of the weights behind it
     "train.steps",
     "train.micro_batch",
     "train.init_from",
@@ -49,11 +50,12 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: optimizer steps done, and by how many ranks it was written."""
+    """A complete checkpoint: optimizer steps done, by how many ranks it was written, hash of the run's tokenizer."""
 
     path: Path
     step: int
     world_size: int
+    tokenizer_hash: str
     config: dict[str, Any]
 
 
@@ -98,7 +100,7 @@ class CheckpointFolder:
                     f"checkpoint {path} is damaged: {name} {state}, its marker says {size}; set "
                     f"checkpoint.resume_step to another complete one ({others}) or remove the folder"
                 )
-        return Checkpoint(path, step, marker["world_size"], marker["config"])
+        return Checkpoint(path, step, marker["world_size"], marker["tokenizer_hash"], marker["config"])
 
     def begin(self, step: int) -> Path:
         """An empty folder for a step's files; what an earlier save left there is removed, marker first."""
@@ -107,15 +109,18 @@ class CheckpointFolder:
         path.mkdir(parents=True)
         return path
 
-    def complete(self, step: int, world_size: int, config: RunConfig) -> None:
+    def complete(self, step: int, world_size: int, tokenizer_hash: str, config: RunConfig) -> None:
         """Writes the marker, after all ranks have written and flushed their files."""
         path = self.path(step)
         files = sorted(file for file in path.rglob("*") if file.is_file())
         for file in files:
             _sync(file)
+        for folder in {file.parent for file in files}:
+            _sync(folder)
         marker = {
             "step": step,
             "world_size": world_size,
+            "tokenizer_hash": tokenizer_hash,
             "files": {str(file.relative_to(path)): file.stat().st_size for file in files},
             "config": json.loads(config.model_dump_json()),
         }
@@ -124,15 +129,39 @@ class CheckpointFolder:
         _sync(partial)
         os.replace(partial, path / MARKER)
         _sync(path)
+        _sync(self.root)
 
     def keep_last(self, count: int) -> None:
         """Removes all but the newest `count` complete checkpoints."""
         for step in self.complete_steps()[:-count]:
             self._remove(step)
 
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Renames the checkpoints of later steps, so that a run that goes back does not mix with what it left."""
+        aside = []
+        for later in (other for other in self.complete_steps() if other > step):
+            target = self.root / f"abandoned_{self.path(later).name}_{time.strftime('%Y%m%dT%H%M%S')}"
+            self.path(later).rename(target)
+            aside.append(target)
+        return aside
+
     def _remove(self, step: int) -> None:
         (self.path(step) / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(self.path(step), ignore_errors=True)
+        if self.path(step).exists():
+            shutil.rmtree(self.path(step))
+
+
+def check_same_tokenizer(checkpoint: Checkpoint, tokenizer_hash: str) -> None:
+    """Compares the tokenizer of a run with the one that a checkpoint was trained with.
+
+    Raises:
+        UserError: they differ.
+    """
+    if checkpoint.tokenizer_hash != tokenizer_hash:
+        raise UserError(
+            f"checkpoint {checkpoint.path} was trained with tokenizer {checkpoint.tokenizer_hash}, tokenizer.path now "
+            f"holds {tokenizer_hash}; restore that tokenizer or start another run_dir"
+        )
 
 
 def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
-from star_dist.model.initialization import initialize_weights
+from star_dist.model.initialization import initial_value
 from star_dist.model.star import STAR
 from star_dist.process import ProcessInfo
 from star_dist.train.checkpoint import Checkpoint
@@ -32,7 +33,8 @@ MODEL_TAG = "engine"
 class Engine:
     """A STAR model under DeepSpeed. Frozen modules (tokenizer, text encoder) stay outside.
 
-    Built from the run's config: weights are made partitioned (`zero.Init`), so a host never holds the whole model.
+    Built from the run's config: at ZeRO-3 weights are made partitioned (`zero.Init`), so no rank holds the whole model;
+    `initial_weights` (fp32, by name) are then needed on rank 0 alone.
     """
 
     def __init__(
@@ -49,11 +51,14 @@ class Engine:
             model = STAR(config.star_config(), config.model.attention)
         if not partitioned:
             model.to(self.device)
-        gather = lambda parameter: deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned)
-        if initial_weights is None:
-            initialize_weights(model, config.seed, gather)
-        else:
-            load_weights(model, initial_weights, gather)
+        # A gathered parameter takes rank 0's values, so the other ranks need none.
+        writes = process.rank == 0 or not partitioned
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned), torch.no_grad():
+                if writes and initial_weights is not None:
+                    parameter.copy_(initial_weights[name])
+                elif writes:
+                    parameter.copy_(initial_value(name, parameter.shape, model.config, config.seed))
         groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
         optimizer = build_optimizer(groups, config.optimizer, self.device)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -90,12 +95,27 @@ class Engine:
     def gradient_norm(self) -> float | None:
         """Norm over all parameters of the last step's gradient before clipping; None if that step was skipped."""
         norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return None if norm is None or not math.isfinite(norm) else float(norm)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         torch.distributed.all_reduce(values)
         return values
+
+    def check_all_ranks_agree(self, value: int, what: str) -> None:
+        """Compares what every rank found in the run folder.
+
+        Raises:
+            UserError: they found different values, because they see different folders.
+        """
+        extremes = torch.tensor([value, -value], device=self.device)
+        torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+        largest, smallest = int(extremes[0]), -int(extremes[1])
+        if largest != smallest:
+            raise UserError(
+                f"ranks disagree on {what}: between {smallest} and {largest}; run_dir {self.config.run_dir} must be "
+                f"on a file system that all nodes share"
+            )
 
     def barrier(self) -> None:
         torch.distributed.barrier()
@@ -141,13 +161,6 @@ class Engine:
             torch.distributed.destroy_process_group()
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], gather: Any) -> None:
-    """Copies weights by name into a model that may be partitioned; names and shapes have been checked before."""
-    for name, parameter in model.named_parameters():
-        with gather(parameter), torch.no_grad():
-            parameter.copy_(weights[name])
-
-
 def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
@@ -170,9 +183,6 @@ def _initialize_process_group() -> None:
 
 def consolidate(path: Path, tag: str = MODEL_TAG) -> dict[str, Tensor]:
     """fp32 weights by name, on the CPU, from what `Engine.save` wrote with any ZeRO stage and number of ranks."""
-    if not list((path / tag).glob("*_optim_states.pt")):  # stage 0 keeps whole weights
-        states = torch.load(path / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
-        return {name: tensor.float() for name, tensor in states["module"].items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress line by line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from star_dist.config import RunConfig
+from star_dist.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -142,12 +144,19 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
         return None
     import wandb
 
-    return wandb.init(
-        project=config.logging.wandb_project,
-        name=config.name,
-        id=config.name.replace("/", "-"),
-        resume="allow",
-        dir=str(run_dir),
-        mode=config.logging.wandb,
-        config=json.loads(config.model_dump_json()),
-    )
+    identity = run_dir / "wandb_id"  # one run folder is one run there, however often it was restarted
+    if not identity.is_file():
+        identity.write_text(uuid.uuid4().hex[:12])
+    try:
+        return wandb.init(
+            project=config.logging.wandb_project,
+            name=config.name,
+            id=identity.read_text(),
+            resume="allow",
+            dir=str(run_dir),
+            mode=config.logging.wandb,
+            config=json.loads(config.model_dump_json()),
+        )
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Weights & Biases: {reason}; log in, or set logging.wandb to offline or off") from None

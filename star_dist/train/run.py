@@ -16,7 +16,7 @@ from typing import IO
 from star_dist.config import RunConfig, dump_config
 from star_dist.errors import UserError
 from star_dist.process import ProcessInfo
-from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, check_same_run
+from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, check_same_run, check_same_tokenizer
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "safetensors", "numpy")
 
@@ -32,18 +32,21 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     config.accumulation_steps(process.world_size)
     checkpoint = CheckpointFolder(run_dir).find(config.checkpoint.resume_step)
     changes = check_same_run(checkpoint, config) if checkpoint is not None else []
-    if checkpoint is not None and checkpoint.step >= config.train.steps:
-        return _report_finished(run_dir, checkpoint, config, process)
+    _check_nodes(config, process)
 
     from star_dist.data.dataset import fetch_metadata
     from star_dist.data.schema import check_matches
     from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
 
     tokenizer = load_tokenizer(Path(config.tokenizer.path))
+    if checkpoint is not None:
+        check_same_tokenizer(checkpoint, tokenizer_hash(tokenizer))
+        if checkpoint.step >= config.train.steps:
+            return _report_finished(run_dir, checkpoint, config, process)
     metadata = fetch_metadata(config.data)
     check_matches(metadata, config, tokenizer_hash(tokenizer))
     weights = None
-    if config.train.init_from is not None and checkpoint is None:
+    if config.train.init_from is not None and checkpoint is None and (process.rank == 0 or config.train.zero_stage < 3):
         from star_dist.export import initial_weights_from
 
         weights = initial_weights_from(Path(config.train.init_from), config)
@@ -53,8 +56,11 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
 
     engine = Engine(config, process, weights)
     try:
+        engine.check_all_ranks_agree(0 if checkpoint is None else checkpoint.step, "the checkpoint to go on from")
         trainer = Trainer(config, engine, tokenizer, metadata, checkpoint)
         if process.rank == 0:
+            if config.checkpoint.resume_step is not None:
+                changes += [f"set aside: {path}" for path in CheckpointFolder(run_dir).set_aside_after(checkpoint.step)]
             _write_facts(run_dir, config, process, trainer)
             _say_where_it_starts(trainer, changes)
         trainer.run()
@@ -84,13 +90,32 @@ def _claim_run_folder(run_dir: Path) -> IO[str]:
     Raises:
         UserError: another training holds it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / "lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to run_dir {run_dir}: {error.strerror}") from None
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not kept by forked loader workers
+    except (BlockingIOError, PermissionError):
         raise UserError(f"another training is running in {run_dir}; wait for it, or change run_dir") from None
+    except OSError as error:
+        print(f"warning: {run_dir} cannot be locked ({error.strerror}): start one training at a time", file=sys.stderr)
     return lock
+
+
+def _check_nodes(config: RunConfig, process: ProcessInfo) -> None:
+    """Refuses what streaming would refuse in the middle of the start: shards must fall to nodes evenly.
+
+    Raises:
+        UserError: neither of data.num_canonical_nodes and the number of nodes divides the other.
+    """
+    nodes, canonical = process.world_size // process.local_world_size, config.data.num_canonical_nodes
+    if canonical % nodes and nodes % canonical:
+        raise UserError(
+            f"data.num_canonical_nodes {canonical} and the number of nodes {nodes} do not divide one another; set the "
+            f"former to a multiple of {nodes} (before the first step: it decides the order of the samples)"
+        )
 
 
 def _write_facts(run_dir: Path, config: RunConfig, process: ProcessInfo, trainer) -> None:

@@ -64,6 +64,7 @@ class Trainer:
         self.device = engine.device
         self.schedule = config.schedule
         self.run_dir = Path(config.run_dir)
+        self.metadata = metadata
         self.tokenizer = tokenizer.to(self.device)
         self.text_encoder = None
         if not config.data.text_features or config.samples.every:
@@ -98,7 +99,8 @@ class Trainer:
             done = step + 1
             totals.steps += 1
             self.log.advance()
-            if done % config.logging.every == 0 or done == config.train.steps:
+            # A report before every checkpoint keeps the lines of a resumed run equal to those of an undisturbed one.
+            if self._due(config.logging.every, done) or self._due(config.checkpoint.every, done):
                 self._report(done, totals)
                 totals = self._new_totals()
             if self._due(config.validation.every, done):
@@ -177,7 +179,7 @@ class Trainer:
         return report
 
     def _report(self, done: int, totals: Totals) -> None:
-        """The only place of the loop where the host waits for the device."""
+        """Sums of all ranks since the last report; here the host waits for the device."""
         sums = torch.cat([totals.losses_K, totals.correct_K])
         losses_K, correct_K = self.engine.all_reduce(sums).chunk(2)
         samples = totals.samples * self.world_size
@@ -238,7 +240,7 @@ class Trainer:
         self.engine.barrier()
         self.engine.save(self.checkpoints.path(done))
         if self.rank == 0:
-            self.checkpoints.complete(done, self.world_size, self.config)
+            self.checkpoints.complete(done, self.world_size, self.metadata.tokenizer_hash, self.config)
             self.checkpoints.keep_last(self.config.checkpoint.keep_last)
         self.engine.barrier()
 

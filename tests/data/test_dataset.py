@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from star_dist.config import RunConfig
-from star_dist.data.dataset import check_local_shards, drop_captions
+from star_dist.data.dataset import check_local_shards, drop_captions, fetch_metadata
 from star_dist.errors import UserError
-from tests.ranks import run_ranks
+from tests.ranks import RankFailed, run_ranks
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -89,8 +89,29 @@ def test_a_remote_is_read_through_a_local_cache(dataset_folder: Path, run_config
     assert order(config, 0, 6, 2) == order(run_config(), 0, 6, 2)
     assert json.loads((tmp_path / "cache" / "dataset.json").read_text())["splits"]["val"]
     assert list((tmp_path / "cache" / "train").glob("*.mds"))
+    copy = tmp_path / "another version"
+    shutil.copytree(dataset_folder, copy)
+    metadata = json.loads((copy / "dataset.json").read_text()) | {"content_hash": "0123"}
+    (copy / "dataset.json").write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match="holds another version of"):
+        fetch_metadata(run_config(data={"remote": str(copy), "local": str(tmp_path / "cache")}).data)
     absent = run_config(data={"remote": str(tmp_path / "absent"), "local": str(tmp_path / "cache2")})
-    from star_dist.data.dataset import fetch_metadata
-
     with pytest.raises(UserError, match=r"cannot read dataset\.json of the data set at .*absent"):
         fetch_metadata(absent.data)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_remote_shard_that_is_cut_short_is_named(
+    dataset_folder: Path, run_config: MakeConfig, tmp_path: Path, num_workers: int
+) -> None:
+    copy = tmp_path / "set"
+    shutil.copytree(dataset_folder, copy)
+    shard = copy / "train" / "shard.00000.mds"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    config = run_config(
+        data={"remote": str(copy), "local": str(tmp_path / "cache"), "download_attempts": 1, "num_workers": num_workers}
+    )
+    with pytest.raises(
+        RankFailed, match=r"\nstar_dist\.errors\.UserError: cannot read the data set at .*shard\.00000\.mds"
+    ):
+        order(config, 0, 3, 1)

@@ -102,6 +102,7 @@ def test_a_finished_output_is_reused_and_never_overwritten(tmp_path: Path, prep_
     ("change", "said"),
     [
         ({"source": {"kind": "folder", "path": "/absent"}}, "/absent"),
+        ({"output": "."}, "exists and is no data set"),
         ({"tokenizer": "/absent"}, "no tokenizer at /absent"),
         ({"resolution": 32}, r"resolution 32 is not the last of scales \(4\) x the tokenizer's downsampling \(4\)"),
     ],

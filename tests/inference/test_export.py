@@ -141,6 +141,17 @@ def test_exporting_what_is_not_there(run_config: MakeConfig, trained: RunConfig,
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_deletes_nothing_but_an_earlier_export(trained: RunConfig, tmp_path: Path) -> None:
+    run_dir = Path(trained.run_dir)
+    (tmp_path / "file").write_text("mine")
+    for out in (run_dir, tmp_path, tmp_path / "file", Path(".")):
+        with pytest.raises(UserError, match="choose another --out|has no name of its own"):
+            export_checkpoint(run_dir, out, None, "bf16")
+    assert (tmp_path / "file").read_text() == "mine"
+    for _ in range(2):  # an export may be replaced
+        assert export_checkpoint(run_dir, tmp_path / "model", None, "bf16") == 20
+
+
 def test_a_run_starts_from_an_export(run_config: MakeConfig, exported: Path, trained: RunConfig) -> None:
     """Its first loss is about what the other run ended with, not that of random weights."""
     config = run_config(train={"steps": 2, "init_from": str(exported)}, optimizer={"learning_rate": 1e-9})

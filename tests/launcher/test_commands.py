@@ -57,6 +57,7 @@ def test_help_answers_at_once(command: list[str]) -> None:
             ["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "7"],
             "is not a multiple of train.micro_batch 16 x 7 ranks",
         ),
+        (["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "0"], "--gpus must be positive"),
         (["launcher/export.py", "absent", "--out", "out"], "absent is no run folder"),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png"], "absent is no inference folder"),
         (["launcher/sample.py", "absent", "--out", "x.png"], "no prompt given"),
