@@ -83,6 +83,7 @@ class DataSection(Section):
 
     num_canonical_nodes, shuffle_algorithm, shuffle_block_size and the run's seed fix the order of the samples
     whatever the number of GPUs (mosaicml-streaming's elastic determinism).
+    batch_timeout_s: how long a step waits for the loader's workers before training stops with a message.
     text_features: read the features stored in the shards in place of running the text encoder.
     """
 
@@ -100,6 +101,7 @@ class DataSection(Section):
     cache_limit: str | None = None
     download_timeout_s: Positive = 60
     download_attempts: Positive = 3
+    batch_timeout_s: Positive = 600
 
 
 class TrainSection(Section):

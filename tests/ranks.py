@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import time
 import traceback
@@ -75,7 +77,8 @@ class Ranks:
 
     def kill(self) -> None:
         for process in self.processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the rank's loader workers
         for process in self.processes:
             process.join()
 
@@ -96,9 +99,10 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    os.setpgid(0, 0)
     try:
         sending.send((True, function(*arguments)))
     except BaseException:
         sending.send((False, traceback.format_exc()))
     sending.close()
-    os._exit(0)  # the parent's clean-up handlers are not this process's to run
+    signal.pause()  # the parent ends the whole group; its own clean-up handlers are not this process's to run

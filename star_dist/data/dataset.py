@@ -159,6 +159,8 @@ class TrainBatches:
             prefetch_factor=data.prefetch_batches if data.num_workers else None,
             collate_fn=collate,
             drop_last=True,
+            # A worker that waits for a shard whose download failed in another worker would wait for ever.
+            timeout=data.batch_timeout_s if data.num_workers else 0,
         )
 
     def starting_at(self, step: int) -> Iterator[MicroBatch]:
@@ -181,6 +183,13 @@ class TrainBatches:
                     batch = next(batches)
                 except UserError as error:  # a loader worker sends it with its traceback before the message
                     raise UserError(str(error).strip().splitlines()[-1].removeprefix(WORKER_ERROR_PREFIX)) from None
+                except RuntimeError as error:
+                    if "timed out" not in str(error):
+                        raise
+                    raise UserError(
+                        f"no batch from {self.dataset.place} within data.batch_timeout_s {self.loader.timeout:.0f} s; "
+                        f"{SHARD_ADVICE}"
+                    ) from None
                 yield batch
             del batches  # stops this epoch's workers before the next epoch's start
             epoch, step_in_epoch = epoch + 1, 0

@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "data.cache_limit",
     "data.download_timeout_s",
     "data.download_attempts",
+    "data.batch_timeout_s",
     "tokenizer.path",  # the marker records the hash of the weights behind it
     "train.steps",
     "train.micro_batch",
