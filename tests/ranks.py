@@ -48,6 +48,7 @@ class Ranks:
             receiving, sending = context.Pipe(duplex=False)
             process = context.Process(target=_rank, args=(sending, rank, world_size, port, function, arguments))
             process.start()
+            os.setpgid(process.pid, process.pid)  # with what it forks, so that `kill` can end them together
             sending.close()
             self.processes.append(process)
             self.pipes.append(receiving)
@@ -78,7 +79,7 @@ class Ranks:
     def kill(self) -> None:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with the rank's loader workers
+                os.killpg(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.join()
 
@@ -99,7 +100,6 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    os.setpgid(0, 0)
     try:
         sending.send((True, function(*arguments)))
     except BaseException:

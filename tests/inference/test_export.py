@@ -34,7 +34,7 @@ def trained(
     make = tests.conftest.run_config.__wrapped__(
         dataset_folder, tokenizer_folder, text_encoder_folder, tmp_path_factory.mktemp("trained")
     )
-    config = make(train={"steps": 20}, checkpoint={"every": 10})
+    config = make(train={"steps": 80}, checkpoint={"every": 40})
     train_on(config, 2)
     return config
 
@@ -42,7 +42,7 @@ def trained(
 @pytest.fixture(scope="module")
 def exported(trained: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "model"
-    assert export_checkpoint(Path(trained.run_dir), folder, None, "fp32") == 20
+    assert export_checkpoint(Path(trained.run_dir), folder, None, "fp32") == 80
     return folder
 
 
@@ -54,10 +54,10 @@ def test_fp32_export_holds_the_masters(trained: RunConfig, exported: Path) -> No
 
 
 def test_bf16_export_is_the_rounded_one_of_the_asked_step(trained: RunConfig, tmp_path: Path) -> None:
-    assert export_checkpoint(Path(trained.run_dir), tmp_path / "model", 10, "bf16") == 10
+    assert export_checkpoint(Path(trained.run_dir), tmp_path / "model", 40, "bf16") == 40
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["step"] == 10
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["step"] == 40
     assert len(StarPipeline.from_pretrained(tmp_path / "model")(PROMPTS)) == 3
 
 
@@ -136,7 +136,7 @@ def test_damaged_exports_are_refused(exported: Path, tmp_path: Path) -> None:
 def test_exporting_what_is_not_there(run_config: MakeConfig, trained: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run folder"):
         export_checkpoint(tmp_path, tmp_path / "out", None, "fp32")
-    with pytest.raises(UserError, match=r"resume_step is 7, but .* has complete checkpoints \[10, 20\]"):
+    with pytest.raises(UserError, match=r"resume_step is 7, but .* has complete checkpoints \[40, 80\]"):
         export_checkpoint(Path(trained.run_dir), tmp_path / "out", 7, "fp32")
     assert not (tmp_path / "out").exists()
 
@@ -149,7 +149,7 @@ def test_an_export_deletes_nothing_but_an_earlier_export(trained: RunConfig, tmp
             export_checkpoint(run_dir, out, None, "bf16")
     assert (tmp_path / "file").read_text() == "mine"
     for _ in range(2):  # an export may be replaced
-        assert export_checkpoint(run_dir, tmp_path / "model", None, "bf16") == 20
+        assert export_checkpoint(run_dir, tmp_path / "model", None, "bf16") == 80
 
 
 def test_a_run_starts_from_an_export(run_config: MakeConfig, exported: Path, trained: RunConfig) -> None:
