@@ -114,7 +114,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = nn.ModuleList(
             Level(
-                widths[max(i - 1, 0)],
+                config.channels if i == 0 else widths[i - 1],
                 widths[i],
                 config.blocks_per_level,
                 config.norm_groups,

@@ -107,3 +107,19 @@ def test_other_layouts_are_refused_by_name(official_layout: dict[str, Tensor], p
     assert "missing decoder.conv_out.bias" in str(error.value)
     assert "unknown decoder.conv_out.gain" in str(error.value)
     assert "quant_conv.bias has shape (31,), expected (32,)" in str(error.value)
+
+
+def test_the_first_level_may_widen_the_first_convolution() -> None:
+    config = VQVAEConfig(
+        vocab_size=8,
+        code_dim=4,
+        channels=8,
+        channel_multipliers=(2, 2),
+        norm_groups=4,
+        blocks_per_level=1,
+        scales=(1, 2),
+    )
+    schedule = ScaleSchedule(config.scales)
+    model = MultiScaleVQVAE(config)
+    tokens = model.encode(torch.zeros(1, 3, 4, 4), schedule)
+    assert model.decode(tokens, schedule).shape == (1, 3, 4, 4)
