@@ -36,6 +36,8 @@ from star_dist.data.schema import (
     write_metadata,
 )
 from star_dist.errors import UserError
+from star_dist.files import read_json_object
+from star_dist.run_folder import differences
 from star_dist.text import TextEncoder
 from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
 
@@ -191,13 +193,11 @@ def _batches(prepared: Iterator[Prepared], size: int) -> Iterator[list[Prepared]
 
 
 def _reuse(output: Path, job: dict) -> DatasetMetadata:
-    stored = json.loads((output / JOB_FILE).read_text())
-    different = sorted(key for key in stored.keys() | job.keys() if stored.get(key) != job.get(key))
-    if different:
-        key = different[0]
+    stored = read_json_object(output / JOB_FILE, f"{output} holds a data set but no {JOB_FILE}; change output")
+    for key, before, now in differences(stored, job):
         raise UserError(
-            f"{output} holds a data set made with {key} = {json.dumps(stored.get(key))}, this job has "
-            f"{json.dumps(job.get(key))}; change output, or remove the folder"
+            f"{output} holds a data set made with {key} = {json.dumps(before)}, this job has {json.dumps(now)}; "
+            f"change output, or remove the folder"
         )
     metadata = read_metadata(output)
     print(f"{output} is complete, nothing to do: {dict(metadata.splits)}")

@@ -17,7 +17,7 @@ def main() -> None:
     from star_dist.process import prepare_process_environment
 
     config = load_config(TokenizerTrainConfig, arguments.config, arguments.overrides)
-    process = prepare_process_environment()
+    process = prepare_process_environment(config.omp_threads)
 
     from star_dist.tokenizer.train import train_tokenizer
 

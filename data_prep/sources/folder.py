@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from data_prep.sources import SourceItem
+from star_dist.data.pictures import PICTURE_SUFFIXES
 from star_dist.errors import UserError
 
 CAPTIONS_FILE = "captions.jsonl"
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
 class FolderSource:

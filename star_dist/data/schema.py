@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from star_dist.config import RunConfig, Section, TextSection
 from star_dist.errors import UserError
+from star_dist.files import read_json_object
 
 SCHEMA_VERSION = 1
 METADATA_FILE = "dataset.json"
@@ -114,13 +115,9 @@ def read_metadata(root: Path) -> DatasetMetadata:
         UserError: no data set there, or one of another schema version.
     """
     path = root / METADATA_FILE
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"no data set at {root}: {path} does not exist (data_prep.tokenize writes it)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    version = values.get("schema_version") if isinstance(values, dict) else None
+    absent = f"no data set at {root}: {path} does not exist (data_prep.tokenize writes it)"
+    values = read_json_object(path, absent)
+    version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(f"{path} has schema version {version}, this code reads {SCHEMA_VERSION}; tokenize again")
     try:

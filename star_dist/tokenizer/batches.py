@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from star_dist.data.pictures import PictureFiles, UnreadablePicture, normalize
+from star_dist.data.pictures import PICTURE_SUFFIXES, PictureFiles, UnreadablePicture, normalize
 from star_dist.errors import UserError
-
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
 def find_pictures(folder: Path) -> list[Path]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from star_dist.errors import UserError
+from star_dist.files import read_json_object, write_text_atomically
 from star_dist.tokenizer.config import VQVAEConfig
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.weights import check_names_and_shapes, read_weights
@@ -31,9 +31,7 @@ def save_tokenizer(model: MultiScaleVQVAE, folder: Path) -> None:
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = {"format": FORMAT, **dataclasses.asdict(model.config)}
-    partial = folder / f"{CONFIG_FILE}.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, folder / CONFIG_FILE)
+    write_text_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def load_tokenizer(path: Path) -> MultiScaleVQVAE:
@@ -73,13 +71,8 @@ def tokenizer_hash(model: MultiScaleVQVAE) -> str:
 
 
 def _read_config(path: Path) -> VQVAEConfig:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is no tokenizer folder: it has no {CONFIG_FILE}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+    values = read_json_object(path, f"{path.parent} is no tokenizer folder: it has no {CONFIG_FILE}")
+    if values.pop("format", None) != FORMAT:
         raise UserError(
             f"{path} is not a {FORMAT!r} config; tokenizer.path takes what launcher/train_tokenizer.py wrote"
         )

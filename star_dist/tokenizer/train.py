@@ -36,8 +36,17 @@ from tqdm import tqdm
 from star_dist.config import TokenizerTrainConfig, dump_config
 from star_dist.data.pictures import normalize, to_pil
 from star_dist.errors import UserError
+from star_dist.files import read_json_object, write_text_atomically
+from star_dist.learning_rate import learning_rate_fraction
 from star_dist.process import ProcessInfo
+from star_dist.run_folder import (
+    METRICS_FILE,
+    claim_run_folder,
+    differences,
+    keep_metrics_up_to,
+)
 from star_dist.tokenizer.batches import Batch, ReadablePictures, StepBatches, find_pictures, fingerprint
+from star_dist.tokenizer.codebook import HITS_DECAY, codebook_usage, move_codes, residual_cells, unused_codes
 from star_dist.tokenizer.io import CONFIG_FILE, save_tokenizer
 from star_dist.tokenizer.losses import (
     PatchDiscriminator,
@@ -47,12 +56,10 @@ from star_dist.tokenizer.losses import (
     discriminator_loss,
     quantize_for_training,
 )
-from star_dist.tokenizer.muon import Muon
-from star_dist.tokenizer.quantizer import MultiScaleQuantizer
-from star_dist.tokenizer.vqvae import MultiScaleVQVAE, ResidualBlock
+from star_dist.tokenizer.optim import build_optimizers, initialize
+from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 
 TRAINING_FILE = "training.json"
-METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "reconstructions.png"
 UNREADABLE_FILE = "unreadable.jsonl"
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -65,12 +72,9 @@ FREE_OPTIONS = {
     "checkpoint_every",
     "log_every",
     "sample_pictures",
+    "omp_threads",
 }
 
-CODEBOOK_STD = 0.3
-HITS_DECAY = 0.98
-# A code counts as used while the average of its hits per step is above this: for 34 steps after a single hit.
-USED_HITS = 0.01
 # Moving codes stops here, so that the decoder can settle on the codebook that it will be used with.
 LAST_RESTART_FRACTION = 0.7
 PICTURES_PER_ROW = 16
@@ -86,6 +90,7 @@ def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
             weights file that cannot be used, a batch that the ranks cannot share, or a loss that is not finite.
     """
     run_dir = Path(config.run_dir)
+    lock = claim_run_folder(run_dir) if process.rank == 0 else None
     _check_same_run(run_dir, config)
     if (run_dir / CONFIG_FILE).is_file():
         if process.rank == 0:
@@ -102,6 +107,7 @@ def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        del lock
 
 
 class Autoencoder(nn.Module):
@@ -206,7 +212,7 @@ class TokenizerTraining:
         """
         config = self.config
         self.unreadable.update(batch.unreadable)
-        rate_fraction = learning_rate_fraction(config, step)
+        rate_fraction = learning_rate_fraction(step, config.steps, config.warmup_steps, "cosine", config.final_fraction)
         for optimizer, peak in self.optimizers:
             _set_learning_rate(optimizer, peak * rate_fraction)
         pictures = batch.pictures.to(self.device).contiguous(memory_format=torch.channels_last)
@@ -277,19 +283,13 @@ class TokenizerTraining:
         self.discriminator_optimizer.zero_grad()
         return loss
 
-    @torch.no_grad()
     def _restart_unused_codes(self, step: int, latent_BCHH: Tensor) -> int:
         """Moves codes that nobody uses onto residuals of this step's pictures, alike on all ranks; returns how many."""
         quantizer = self.model.quantize
-        unused = (quantizer.ema_vocab_hit_SV.sum(0) < USED_HITS).nonzero().flatten()
-        cells = self._gather_over_ranks(residual_cells(quantizer, latent_BCHH, self.config))
-        draws = np.random.default_rng((self.config.seed, 2, step)).integers(len(cells), size=len(unused))
-        codebook = quantizer.embedding.weight
-        codebook[unused] = cells[torch.from_numpy(draws).to(cells.device)]
-        for optimizer, _ in self.optimizers:
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in optimizer.state.get(codebook, {}):
-                    optimizer.state[codebook][name][unused] = 0
+        unused = unused_codes(quantizer)
+        cells_NC = self._gather_over_ranks(residual_cells(quantizer, latent_BCHH, self.config.schedule))
+        draws = np.random.default_rng((self.config.seed, 2, step))
+        move_codes(quantizer.embedding.weight, unused, cells_NC, draws, [optimizer for optimizer, _ in self.optimizers])
         return len(unused)
 
     # ---------------------------------------------------------------------------------------------- all ranks
@@ -337,21 +337,14 @@ class TokenizerTraining:
             )
         line["psnr"] = psnr(line["loss/l2"])
         line["data/unreadable"] = len(self.unreadable)
-        line.update(codebook_usage(self.model.quantize, self.config))
+        line.update(codebook_usage(self.model.quantize, self.config.schedule))
         with (self.run_dir / METRICS_FILE).open("a") as file:
             file.write(json.dumps({"step": step, **line}) + "\n")
         bar.set_postfix(loss=f"{line['loss/total']:.3f}", psnr=f"{line['psnr']:.1f}", refresh=False)
 
     def _start_files(self) -> None:
-        """Prepares the run folder; lines of steps that will be trained again are cut off."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        _write_text(self.run_dir / TRAINING_FILE, dump_config(self.config) + "\n")
-        path = self.run_dir / METRICS_FILE
-        lines = path.read_text().splitlines() if path.is_file() else []
-        # A kill can cut the last line short; it is then of a step after the checkpoint.
-        complete = [line for line in lines if line.endswith("}")]
-        kept = [line + "\n" for line in complete if json.loads(line)["step"] <= self.first_step]
-        _write_text(path, "".join(kept))
+        write_text_atomically(self.run_dir / TRAINING_FILE, dump_config(self.config) + "\n")
+        keep_metrics_up_to(self.first_step, self.run_dir)
 
     @torch.no_grad()
     def _draw_reconstructions(self) -> float | None:
@@ -376,7 +369,7 @@ class TokenizerTraining:
         quality = self._draw_reconstructions()
         save_tokenizer(self.model, self.run_dir)
         (self.run_dir / CHECKPOINT_FILE).unlink(missing_ok=True)
-        usage = codebook_usage(self.model.quantize, self.config)
+        usage = codebook_usage(self.model.quantize, self.config.schedule)
         codes = f"{usage['codebook/used']} of {self.model.quantize.vocab_size} codes used"
         summary = f"tokenizer written to {self.run_dir}: {codes}"
         if quality is not None:
@@ -437,87 +430,6 @@ class TokenizerTraining:
         return state["step"]
 
 
-# ---------------------------------------------------------------------------------------------------------- parts
-
-
-@torch.no_grad()
-def initialize(model: MultiScaleVQVAE, config: TokenizerTrainConfig) -> None:
-    """Starts residual blocks as the identity and codes at the size of latents; freezes what the schedule never uses."""
-    for module in model.modules():
-        if isinstance(module, ResidualBlock):
-            nn.init.zeros_(module.conv2.weight)
-    nn.init.normal_(model.quantize.embedding.weight, std=CODEBOOK_STD)
-    phis = model.quantize.quant_resi
-    used = {id(phis.at(scale, len(config.schedule))) for scale in range(len(config.schedule))}
-    for phi in phis.qresi_ls:
-        phi.requires_grad_(id(phi) in used)
-
-
-def build_optimizers(model: MultiScaleVQVAE, config: TokenizerTrainConfig) -> list[tuple[torch.optim.Optimizer, float]]:
-    """The optimizers with their peak rates; each trained parameter is in exactly one.
-
-    Muon takes the convolutions between the first and the last layer where `muon_learning_rate` is set; AdamW takes the
-    rest. Biases, norms and codes do not decay.
-    """
-    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim != 4:
-            groups["no_decay"].append(parameter)
-        elif config.muon_learning_rate is None or name in ("encoder.conv_in.weight", "decoder.conv_out.weight"):
-            groups["decay"].append(parameter)
-        else:
-            groups["muon"].append(parameter)
-    adamw = torch.optim.AdamW(
-        [
-            {"params": groups["decay"], "weight_decay": config.weight_decay},
-            {"params": groups["no_decay"], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=config.betas,
-        fused=True,  # one call in place of ten for each of a hundred small tensors
-    )
-    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adamw, config.learning_rate)]
-    if config.muon_learning_rate is not None:
-        optimizers.append(
-            (Muon(groups["muon"], config.muon_learning_rate, config.weight_decay), config.muon_learning_rate)
-        )
-    return optimizers
-
-
-def learning_rate_fraction(config: TokenizerTrainConfig, step: int) -> float:
-    """Rate of step `step` (from 0) over its peak: a linear rise, then a cosine down to `final_fraction`."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@torch.no_grad()
-def residual_cells(quantizer: MultiScaleQuantizer, latent_BCHH: Tensor, config: TokenizerTrainConfig) -> Tensor:
-    """What the codes of all scales have to describe: residual cells picture by picture, (B * L, C)."""
-    residual_BCHH = latent_BCHH.float()
-    cells = []
-    for side, (_, contribution_BCHH) in zip(
-        config.schedule.sides, quantizer.residual_steps(residual_BCHH, config.schedule)
-    ):
-        cells.append(F.interpolate(residual_BCHH, size=(side, side), mode="area").flatten(2).transpose(1, 2))
-        residual_BCHH = residual_BCHH - contribution_BCHH
-    return torch.cat(cells, dim=1).flatten(0, 1)
-
-
-def codebook_usage(quantizer: MultiScaleQuantizer, config: TokenizerTrainConfig) -> dict[str, float]:
-    """Codes in use over all scales and at each, and each scale's perplexity: the codes it would use were all alike."""
-    hits_SV = quantizer.ema_vocab_hit_SV
-    usage = {"codebook/used": (hits_SV.sum(0) >= USED_HITS).sum().item()}
-    for side, hits_V in zip(config.schedule.sides, hits_SV):
-        share_V = hits_V / hits_V.sum().clamp_min(1e-12)
-        usage[f"codebook/used_scale_{side}"] = (hits_V >= USED_HITS).sum().item()
-        usage[f"codebook/perplexity_scale_{side}"] = torch.special.entr(share_V).sum().exp().item()
-    return usage
-
-
 def psnr(mean_squared_error: float) -> float:
     """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
     return 10 * math.log10(4 / max(mean_squared_error, 1e-12))
@@ -536,28 +448,11 @@ def _check_same_run(run_dir: Path, config: TokenizerTrainConfig) -> None:
     """
     if not any((run_dir / name).is_file() for name in (CONFIG_FILE, CHECKPOINT_FILE)):
         return
-    path = run_dir / TRAINING_FILE
-    try:
-        found = _flatten(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError):
-        raise UserError(f"{run_dir} holds a tokenizer but no readable {TRAINING_FILE}; change run_dir") from None
-    wanted = _flatten(json.loads(dump_config(config)))
-    for key in sorted({*found, *wanted} - FREE_OPTIONS):
-        if found.get(key) != wanted.get(key):
+    absent = f"{run_dir} holds a tokenizer but no {TRAINING_FILE}; change run_dir"
+    begun_with = read_json_object(run_dir / TRAINING_FILE, absent)
+    for key, before, now in differences(begun_with, json.loads(dump_config(config))):
+        if key not in FREE_OPTIONS:
             raise UserError(
-                f"{run_dir} was begun with {key} {found.get(key)}, this configuration has {wanted.get(key)}; "
+                f"{run_dir} was begun with {key} {before}, this configuration has {now}; "
                 f"change it back, or change run_dir to start anew"
             )
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from star_dist.config import RunConfig
+from star_dist.config import RunConfig, dump_config
 from star_dist.errors import UserError
+from star_dist.run_folder import differences
 
 MARKER = "complete.json"
 
@@ -123,7 +124,7 @@ class CheckpointFolder:
             "world_size": world_size,
             "tokenizer_hash": tokenizer_hash,
             "files": {str(file.relative_to(path)): file.stat().st_size for file in files},
-            "config": json.loads(config.model_dump_json()),
+            "config": json.loads(dump_config(config)),
         }
         partial = path / f"{MARKER}.partial"
         partial.write_text(json.dumps(marker, indent=2))
@@ -171,12 +172,8 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     Raises:
         UserError: a difference that would make it another training, with both values.
     """
-    stored, current = flatten(checkpoint.config), flatten(json.loads(config.model_dump_json()))
     accepted = []
-    for key in sorted(stored.keys() | current.keys()):
-        before, now = stored.get(key), current.get(key)
-        if before == now:
-            continue
+    for key, before, now in differences(checkpoint.config, json.loads(dump_config(config))):
         if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):
             raise UserError(
                 f"checkpoint {checkpoint.path} was written with {key} = {json.dumps(before)}, the run has "
@@ -184,14 +181,6 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
             )
         accepted.append(f"{key}: {json.dumps(before)} -> {json.dumps(now)}")
     return accepted
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return flat
 
 
 def _sync(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import uuid
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from star_dist.config import RunConfig
+from star_dist.config import RunConfig, dump_config
 from star_dist.errors import UserError
-
-METRICS_FILE = "metrics.jsonl"
+from star_dist.run_folder import METRICS_FILE, keep_metrics_up_to
 
 # Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (without sparsity).
 GPU_PEAK_TFLOPS = {
@@ -41,9 +39,8 @@ class MetricsLog:
         self.enabled = enabled
         if not enabled:
             return
-        path = run_dir / METRICS_FILE
-        _drop_lines_after(path, first_step)
-        self.file = path.open("a")
+        keep_metrics_up_to(first_step, run_dir)
+        self.file = (run_dir / METRICS_FILE).open("a")
         self.bar = tqdm(
             total=config.train.steps,
             initial=first_step,
@@ -124,21 +121,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue  # the line that a kill cut short
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
-
-
 def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
     if config.logging.wandb == "off":
         return None
@@ -155,7 +137,7 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
             resume="allow",
             dir=str(run_dir),
             mode=config.logging.wandb,
-            config=json.loads(config.model_dump_json()),
+            config=json.loads(dump_config(config)),
         )
     except wandb.Error as error:
         reason = str(error).splitlines()[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from star_dist.config import OptimizerSection
+from star_dist.learning_rate import learning_rate_fraction
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -36,14 +36,6 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerSection, devi
 
 def learning_rate(config: OptimizerSection, step: int, total_steps: int) -> float:
     """Rate of optimizer step `step`, counted from 0 to total_steps - 1."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    shape = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[config.schedule]
-    if config.schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * shape)
+    return config.learning_rate * learning_rate_fraction(
+        step, total_steps, config.warmup_steps, config.schedule, config.final_fraction
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -11,11 +10,11 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
 
 from star_dist.config import RunConfig, dump_config
 from star_dist.errors import UserError
 from star_dist.process import ProcessInfo
+from star_dist.run_folder import claim_run_folder
 from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, check_same_run, check_same_tokenizer
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "safetensors", "numpy")
@@ -28,7 +27,7 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
         UserError: anything the user can mend: found before the model is built wherever that is possible.
     """
     run_dir = Path(config.run_dir)
-    lock = _claim_run_folder(run_dir) if process.rank == 0 else None
+    lock = claim_run_folder(run_dir) if process.rank == 0 else None
     config.accumulation_steps(process.world_size)
     checkpoint = CheckpointFolder(run_dir).find(config.checkpoint.resume_step)
     changes = check_same_run(checkpoint, config) if checkpoint is not None else []
@@ -82,26 +81,6 @@ def _report_finished(run_dir: Path, checkpoint: Checkpoint, config: RunConfig, p
         )
     if process.rank == 0:
         print(f"{run_dir} is trained to step {checkpoint.step} of {config.train.steps}; nothing to do")
-
-
-def _claim_run_folder(run_dir: Path) -> IO[str]:
-    """Takes the run folder for this process; the kernel gives it back however the process ends.
-
-    Raises:
-        UserError: another training holds it.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / "lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to run_dir {run_dir}: {error.strerror}") from None
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not kept by forked loader workers
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"another training is running in {run_dir}; wait for it, or change run_dir") from None
-    except OSError as error:
-        print(f"warning: {run_dir} cannot be locked ({error.strerror}): start one training at a time", file=sys.stderr)
-    return lock
 
 
 def _check_nodes(config: RunConfig, process: ProcessInfo) -> None:

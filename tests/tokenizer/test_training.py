@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from star_dist.config import ConfigError, TokenizerTrainConfig, load_config, parse_config
 from star_dist.errors import UserError
 from star_dist.process import prepare_process_environment
-from star_dist.tokenizer import train as training
 from star_dist.tokenizer.batches import ReadablePictures, StepBatches, find_pictures
+from star_dist.tokenizer.codebook import codebook_usage
 from star_dist.tokenizer.io import load_tokenizer
 from star_dist.tokenizer.muon import orthogonalize
-from star_dist.tokenizer.train import TokenizerTraining, learning_rate_fraction, train_tokenizer
+from star_dist.tokenizer.optim import build_optimizers, initialize
+from star_dist.tokenizer.train import LAST_RESTART_FRACTION, TokenizerTraining, train_tokenizer
 from tests.ranks import RankFailed, run_ranks
 
 MakeConfig = Callable[..., TokenizerTrainConfig]
@@ -170,7 +171,7 @@ def test_unused_codes_move_onto_residuals(make_config: MakeConfig) -> None:
     batches = StepBatches(trainer.pictures, config.seed, 4, 0, 1, False)
     values = trainer._train_step(0, batches[0])
     assert "codebook/restarted" not in values
-    assert training.codebook_usage(quantizer, config)["codebook/used"] <= 5
+    assert codebook_usage(quantizer, config.schedule)["codebook/used"] <= 5
     values = trainer._train_step(1, batches[1])
     assert values["codebook/restarted"] >= 27
     assert quantizer.embedding.weight.abs().max() < 50
@@ -178,8 +179,8 @@ def test_unused_codes_move_onto_residuals(make_config: MakeConfig) -> None:
     assert not adamw.state[quantizer.embedding.weight]["exp_avg_sq"][5:].any()
     for step in range(2, 4):
         trainer._train_step(step, batches[step])
-    assert training.codebook_usage(quantizer, config)["codebook/used"] > 5
-    late = trainer._train_step(int(training.LAST_RESTART_FRACTION * config.steps) + 1, batches[4])
+    assert codebook_usage(quantizer, config.schedule)["codebook/used"] > 5
+    late = trainer._train_step(int(LAST_RESTART_FRACTION * config.steps) + 1, batches[4])
     assert "codebook/restarted" not in late
 
 
@@ -313,25 +314,16 @@ def test_perceptual_loss_is_zero_for_equal_pictures_and_pulls_towards_the_target
     assert perceptual(image - 0.01 * gradient / gradient.norm(), target) < distance
 
 
-def test_learning_rate_is_a_function_of_the_step(make_config: MakeConfig) -> None:
-    config = make_config(steps=102, warmup_steps=2, final_fraction=0.1)
-    fractions = [learning_rate_fraction(config, step) for step in range(103)]
-    assert fractions[:3] == [0.5, 1.0, 1.0]
-    assert fractions[52] == pytest.approx(0.55)
-    assert fractions[102] == pytest.approx(0.1)
-    assert fractions[2:] == sorted(fractions[2:], reverse=True)
-
-
 def test_every_trained_parameter_is_in_exactly_one_optimizer(make_config: MakeConfig) -> None:
     from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 
     for changes in ({}, {"muon_learning_rate": None}, {"resolution": 8, "tokenizer": {"scales": [1, 2]}}):
         config = make_config(**changes)
         model = MultiScaleVQVAE(config.tokenizer)
-        training.initialize(model, config)
+        initialize(model, config)
         ids = [
             id(parameter)
-            for optimizer, _ in training.build_optimizers(model, config)
+            for optimizer, _ in build_optimizers(model, config)
             for group in optimizer.param_groups
             for parameter in group["params"]
         ]

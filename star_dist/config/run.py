@@ -1,40 +1,16 @@
-"""Typed, strict run configuration: defaults in code <- JSON file <- dotted command-line overrides. Imports no torch.
-
-A key that no section knows is an error that names the nearest one; a wrong type is an error; sizes that do not fit
-together are an error with both values. Nothing is rounded or ignored.
-"""
+"""Configuration of a training run: `launcher/train.py --config FILE`, and what DeepSpeed is told of it."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from star_dist.errors import UserError
+from star_dist.config.base import ConfigError, Count, Fraction, Momentum, Positive, Section
+from star_dist.learning_rate import RateSchedule
 from star_dist.model.config import PositionEncoding, RopeConvention, StarConfig
 from star_dist.scales import ScaleSchedule
-from star_dist.tokenizer.config import VQVAEConfig
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be used; the message names the option, its value and what to change."""
-
-
-# ---------------------------------------------------------------------------------------------------------- sections
 
 
 class ModelSection(Section):
@@ -49,7 +25,7 @@ class ModelSection(Section):
     rope_theta: float = Field(10000.0, gt=0)
     rope_extent: float = Field(64.0, gt=0)
     cross_attention: bool = True
-    attention: Literal["auto", "sdpa", "reference"] = "auto"
+    attention: Literal["auto", "flash", "flex", "sdpa", "reference"] = "auto"
 
 
 class TokenizerSection(Section):
@@ -131,7 +107,7 @@ class OptimizerSection(Section):
     weight_decay: float = Field(0.05, ge=0)
     gradient_clipping: float = Field(1.0, gt=0)
     warmup_steps: Count = 0
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: RateSchedule = "cosine"
     final_fraction: Fraction = 0.1
 
 
@@ -317,190 +293,6 @@ class RunConfig(Section):
             "steps_per_print": 2**31,  # metrics.jsonl is the record; DeepSpeed's own prints only repeat it
         }
         return _merge(self.deepspeed, derived)
-
-
-class TokenizerLossSection(Section):
-    """Weights of the tokenizer's losses. perceptual and adversarial are off at 0.
-
-    vgg16_weights: torchvision's VGG-16 state dict for the perceptual term. adversarial_start: first step at which the
-    discriminator's judgement reaches the decoder.
-    """
-
-    l1: float = Field(1.0, ge=0)
-    l2: float = Field(1.0, ge=0)
-    commitment: float = Field(0.25, ge=0)
-    perceptual: float = Field(0.0, ge=0)
-    vgg16_weights: str | None = None
-    adversarial: float = Field(0.0, ge=0)
-    adversarial_start: Count = 0
-
-
-class TokenizerDataSection(Section):
-    """A folder of pictures, taken with all its sub-folders. keep_in_memory: decode each picture only once."""
-
-    pictures: str
-    num_workers: Count = 2
-    keep_in_memory: bool = False
-    horizontal_flip: bool = True
-
-
-class TokenizerTrainConfig(Section):
-    """One training run of the multi-scale VQ-VAE.
-
-    muon_learning_rate: peak rate of Muon, which then trains the inner convolutions; null trains everything with AdamW
-    at `learning_rate`. restart_codes_every: steps between moving unused codes onto cells of the current batch, 0 for
-    never.
-    """
-
-    run_dir: str
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    resolution: Positive
-    tokenizer: VQVAEConfig
-    data: TokenizerDataSection
-    loss: TokenizerLossSection = TokenizerLossSection()
-    steps: Positive
-    global_batch: Positive
-    precision: Literal["bf16", "fp32"] = "fp32"
-    learning_rate: float = Field(gt=0)
-    muon_learning_rate: float | None = Field(None, gt=0)
-    final_fraction: Fraction = 0.02
-    warmup_steps: Count = 50
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    weight_decay: float = Field(0.01, ge=0)
-    gradient_clipping: float = Field(1.0, gt=0)
-    restart_codes_every: Count = 0
-    checkpoint_every: Positive = 500
-    log_every: Positive = 50
-    sample_pictures: Count = 32
-
-    @model_validator(mode="after")
-    def _sizes_fit_together(self) -> TokenizerTrainConfig:
-        resolution = self.schedule.resolution(self.tokenizer.downsampling)
-        if resolution != self.resolution:
-            raise ValueError(
-                f"resolution {self.resolution} is not the last of tokenizer.scales ({self.schedule.latent_side}) x the "
-                f"downsampling of {len(self.tokenizer.channel_multipliers)} tokenizer.channel_multipliers "
-                f"({self.tokenizer.downsampling}) = {resolution}; change one of them"
-            )
-        if self.loss.perceptual and self.loss.vgg16_weights is None:
-            raise ValueError(f"loss.perceptual is {self.loss.perceptual} but loss.vgg16_weights is null; give the file")
-        return self
-
-    @property
-    def schedule(self) -> ScaleSchedule:
-        return ScaleSchedule(self.tokenizer.scales)
-
-
-class PrepConfig(Section):
-    """One tokenization job: a source of captioned pictures to an MDS data set (`python -m data_prep.tokenize`).
-
-    validation_fraction: pictures held out, chosen by a hash of their key, so that the choice never depends on order.
-    text_features: also store the features of this text encoder; null stores captions alone.
-    """
-
-    source: dict[str, Any]
-    output: str
-    tokenizer: str
-    resolution: Positive
-    scales: tuple[Positive, ...]
-    validation_fraction: Fraction = 0.0
-    text_features: TextSection | None = None
-    batch: Positive = 64
-    min_side: Count = 0
-    max_caption_chars: Positive = 2000
-    shard_size_bytes: Positive = 64 * 2**20
-    attribution: str = ""
-
-    @model_validator(mode="after")
-    def _scales_are_a_schedule(self) -> PrepConfig:
-        _ = self.schedule
-        return self
-
-    @property
-    def schedule(self) -> ScaleSchedule:
-        return ScaleSchedule(self.scales)
-
-
-# ----------------------------------------------------------------------------------------------------------- loading
-
-AnyConfig = TypeVar("AnyConfig", bound=Section)
-
-
-def load_config(kind: type[AnyConfig], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> AnyConfig:
-    """Reads a JSON file, applies `section.key=value` overrides (values are JSON, or else plain strings), validates.
-
-    Raises:
-        ConfigError: no such file, no JSON, an unknown key, a wrong type, or values that do not fit together.
-    """
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold one JSON object, got {type(values).__name__}")
-    for override in overrides:
-        _apply_override(values, override)
-    return parse_config(kind, values, source=str(path))
-
-
-def parse_config(kind: type[AnyConfig], values: dict[str, Any], source: str = "config") -> AnyConfig:
-    """Validates values that are already in memory; `source` names them in errors (see `load_config`)."""
-    try:
-        return kind.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        lines = [_describe(kind, problem) for problem in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
-
-
-def dump_config(config: Section) -> str:
-    """The complete configuration, defaults included, as JSON text."""
-    return config.model_dump_json(indent=2)
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *sections, last = key.split(".")
-    for depth, name in enumerate(sections):
-        values = values.setdefault(name, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(sections[: depth + 1])} is a value, not a section")
-    values[last] = value
-
-
-def _describe(kind: type[Section], problem: Any) -> str:
-    """One validation problem of pydantic as a sentence with the dotted key and the value."""
-    location = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        nearest = difflib.get_close_matches(location, _dotted_keys(kind), n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        return f"unknown key {location}{hint}"
-    if problem["type"] == "missing":
-        return f"{location} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not location:
-        return message
-    value = json.dumps(problem["input"], default=str)
-    return f"{location}: {message[0].lower()}{message[1:]}, got {value if len(value) < 80 else value[:77] + '...'}"
-
-
-def _dotted_keys(kind: Any, prefix: str = "") -> list[str]:
-    fields = getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", None) or {}
-    keys = []
-    for name, field in fields.items():
-        keys.append(prefix + name)
-        annotation = getattr(field, "annotation", None)
-        keys += _dotted_keys(annotation, f"{prefix}{name}.") if isinstance(annotation, type) else []
-    return keys
 
 
 def _lookup(values: dict[str, Any], dotted: str) -> Any:

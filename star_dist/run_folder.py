@@ -1,0 +1,66 @@
+"""What every run folder has, whatever is trained in it: a lock, metrics.jsonl, one configuration. Imports no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from star_dist.errors import UserError
+from star_dist.files import write_text_atomically
+
+LOCK_FILE = "lock"
+METRICS_FILE = "metrics.jsonl"
+
+
+def claim_run_folder(run_dir: Path) -> IO[str]:
+    """Takes the run folder for this process; the kernel gives it back however the process ends.
+
+    Raises:
+        UserError: another training holds it, or it cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / LOCK_FILE).open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to run_dir {run_dir}: {error.strerror}") from None
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not kept by forked loader workers
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another training is running in {run_dir}; wait for it, or change run_dir") from None
+    except OSError as error:
+        print(f"warning: {run_dir} cannot be locked ({error.strerror}): start one training at a time", file=sys.stderr)
+    return lock
+
+
+def keep_metrics_up_to(step: int, run_dir: Path) -> None:
+    """Removes the reports of later steps: trained after the checkpoint that a run goes on from, they come again."""
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue  # the line that a kill cut short
+    write_text_atomically(path, "".join(kept))
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Options whose values differ, with both values; sections as dotted keys, in order."""
+    before, now = _flatten(before), _flatten(now)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
