@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -58,6 +59,10 @@ class ScaleSchedule:
     def visible_pairs(self) -> int:
         """Query-key pairs that block-causal attention computes for one picture, of `num_tokens ** 2`."""
         return sum(length * end for length, end in zip(self.lengths, self.ends))
+
+    def scales_within(self, tokens: int) -> int:
+        """How many leading scales end within the first `tokens` tokens."""
+        return bisect_right(self.ends, tokens)
 
     def resolution(self, downsampling: int) -> int:
         """Side in pixels of the picture, for a tokenizer that shrinks pictures `downsampling` times."""

@@ -48,8 +48,8 @@ def test_import_directions(path: Path) -> None:
             assert top not in ("launcher", "data_prep", "tests")
         if top == "deepspeed":
             assert name == "star_dist/train/engine.py"
-        if top == "flash_attn":
-            assert name == "star_dist/model/attention.py"
+        if top in ("flash_attn", "flash_attn_interface"):
+            assert name == "star_dist/model/kernels/flash.py"
         if name.startswith(SINGLE_DEVICE) and top not in sys.stdlib_module_names:
             assert any(module == allowed or module.startswith(allowed + ".") for allowed in ALLOWED_IN_SINGLE_DEVICE)
             assert not module.startswith("torch.distributed")

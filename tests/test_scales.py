@@ -21,7 +21,7 @@ def test_published_schedules(resolution: int, tokens: int, visible: float) -> No
 
 
 def test_visible_pairs_counts_what_the_mask_shows() -> None:
-    from star_dist.model.attention import block_causal_mask
+    from star_dist.model.kernels.reference import block_causal_mask
 
     schedule = ScaleSchedule((1, 2, 5))
     assert schedule.visible_pairs == int(block_causal_mask(schedule, "cpu").sum())

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from star_dist.model.attention import KeyValue, padded_text_index, scaled_dot_product
+from star_dist.model.attention import KeyValue
+from star_dist.model.kernels.sdpa import padded_text_index, scaled_dot_product
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.text import TextFeatures

@@ -70,6 +70,14 @@ class PackedLayout:
     def text_starts(self) -> tuple[int, ...]:
         return (0, *accumulate(self.text_lengths))[:-1]
 
+    def token_offsets(self, device: torch.device) -> Tensor:
+        """Where every sample's image tokens start, and their end; (B + 1,) int32."""
+        return _token_offsets(self.schedules, device)
+
+    def text_offsets(self, device: torch.device) -> Tensor:
+        """Where every sample's text tokens start, and their end; (B + 1,) int32."""
+        return copy_to_device(torch.tensor((*self.text_starts, sum(self.text_lengths)), dtype=torch.int32), device)
+
     def first_tokens(self, device: torch.device) -> Tensor:
         """Position of every sample's start token; (B,) int64."""
         return _first_tokens(self.schedules, device)
@@ -83,18 +91,30 @@ class PackedLayout:
         return _positions(self.schedules, device)
 
 
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@lru_cache(maxsize=32)
+def _token_offsets(schedules: tuple[ScaleSchedule, ...], device: torch.device) -> Tensor:
+    lengths = (schedule.num_tokens for schedule in schedules)
+    return copy_to_device(torch.tensor((0, *accumulate(lengths)), dtype=torch.int32), device)
+
+
 @lru_cache(maxsize=32)
 def _first_tokens(schedules: tuple[ScaleSchedule, ...], device: torch.device) -> Tensor:
-    starts = (0, *accumulate(schedule.num_tokens for schedule in schedules))[:-1]
-    return torch.tensor(starts, device=device)
+    return _token_offsets(schedules, device)[:-1].long()
 
 
 @lru_cache(maxsize=32)
 def _scale_ids(schedules: tuple[ScaleSchedule, ...], device: torch.device) -> Tensor:
     ids = [torch.repeat_interleave(torch.tensor(schedule.lengths)) for schedule in schedules]
-    return torch.cat(ids).to(device)
+    return copy_to_device(torch.cat(ids), device)
 
 
 @lru_cache(maxsize=32)
 def _positions(schedules: tuple[ScaleSchedule, ...], device: torch.device) -> Tensor:
-    return torch.cat([torch.arange(schedule.num_tokens) for schedule in schedules]).to(device)
+    return copy_to_device(torch.cat([torch.arange(schedule.num_tokens) for schedule in schedules]), device)

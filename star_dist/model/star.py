@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from star_dist.model.attention import AttentionContext, PackedAttention, choose_kernel
+from star_dist.model.attention import AttentionContext, PackedAttention, check_kernel_name, choose_kernel
 from star_dist.model.blocks import Block, layer_norm
 from star_dist.model.config import StarConfig
 from star_dist.model.layout import PackedLayout
@@ -35,7 +35,7 @@ class STAR(nn.Module):
     def __init__(self, config: StarConfig, attention: str = "auto") -> None:
         super().__init__()
         self.config = config
-        self.attention = choose_kernel(attention)
+        self.attention = check_kernel_name(attention)
         self.encoder_proj = nn.Linear(config.text_width, config.width)
         self.pos_start = nn.Parameter(torch.empty(1, 1, config.width))
         self.word_embed = nn.Linear(config.code_dim, config.width)
@@ -86,7 +86,8 @@ class STAR(nn.Module):
         x_TD = self.word_embed(inputs_TC.to(dtype))
         x_TD = x_TD.index_copy(0, layout.first_tokens(device), self.start_token(pooled_BW.to(dtype)))
         x_TD = self.add_positions(x_TD, layout.scale_ids(device), layout.positions(device))
-        context = PackedAttention(layout, self.attention, device)
+        kernel = choose_kernel(self.attention, device, dtype, training=torch.is_grad_enabled())
+        context = PackedAttention(layout, kernel, device)
         x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device), context)
         logits_TV = self.head_logits(x_TD)
         if targets_T is None:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
+from star_dist.model.attention import choose_kernel
 from star_dist.model.initialization import initial_value
+from star_dist.model.kernels.base import KernelUnavailable
 from star_dist.model.star import STAR
 from star_dist.process import ProcessInfo
 from star_dist.train.checkpoint import Checkpoint
@@ -34,7 +36,7 @@ class Engine:
     """A STAR model under DeepSpeed. Frozen modules (tokenizer, text encoder) stay outside.
 
     Built from the run's config: at ZeRO-3 weights are made partitioned (`zero.Init`), so no rank holds the whole model;
-    `initial_weights` (fp32, by name) are then needed on rank 0 alone.
+    `initial_weights` (fp32, by name) are then needed on rank 0 alone. attention: the attention kernel, for the log.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Engine:
         self.config = config
         self.process = process
         self.device = _device(process)
+        self.attention = _attention_kernel(config, self.device)
         _initialize_process_group()
         settings = config.deepspeed_config(process.world_size)
         partitioned = config.train.zero_stage == 3
@@ -163,6 +166,21 @@ class Engine:
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _attention_kernel(config: RunConfig, device: torch.device) -> str:
+    """What the run's attention kernel is on this machine.
+
+    Raises:
+        UserError: the named kernel cannot train here.
+    """
+    name = config.model.attention
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    try:
+        kernel = choose_kernel(name, device, dtype, training=True)
+    except KernelUnavailable as error:
+        raise UserError(str(error)) from None
+    return kernel.description + (", chosen by auto" if name == "auto" else "")
 
 
 def _device(process: ProcessInfo) -> torch.device:

@@ -109,7 +109,7 @@ def _write_facts(run_dir: Path, config: RunConfig, process: ProcessInfo, trainer
         "world_size": process.world_size,
         "device": str(trainer.device),
         "first_step": trainer.first_step,
-        "attention_kernel": trainer.engine.model.attention,
+        "attention_kernel": trainer.engine.attention,
         "peak_flops": trainer.peak_flops,
         "peak_flops_source": trainer.peak_source,
         "command": sys.argv,
@@ -119,7 +119,7 @@ def _write_facts(run_dir: Path, config: RunConfig, process: ProcessInfo, trainer
 
 
 def _say_where_it_starts(trainer, changes: list[str]) -> None:
-    trainer.log.say(f"attention kernel: {trainer.engine.model.attention}")
+    trainer.log.say(f"attention kernel: {trainer.engine.attention}")
     if trainer.first_step:
         trainer.log.say(f"going on from step {trainer.first_step} of {trainer.config.train.steps}")
     for change in changes:

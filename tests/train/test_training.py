@@ -44,7 +44,7 @@ def test_loss_falls_and_everything_is_reported(run_config: MakeConfig) -> None:
     assert sorted(path.name for path in (run_dir / "samples").iterdir()) == ["step_00000015.png", "step_00000030.png"]
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000020", "step_00000030"]
     environment = json.loads((run_dir / "environment.json").read_text())
-    assert environment["world_size"] == 2 and environment["attention_kernel"] == "sdpa"
+    assert environment["world_size"] == 2 and environment["attention_kernel"].startswith("sdpa")
 
 
 @pytest.mark.parametrize("stage", [3, 1, 2])

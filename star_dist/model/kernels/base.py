@@ -1,0 +1,38 @@
+"""What every attention kernel offers.
+
+T image tokens of the packed batch, S text tokens, H heads, d channels of a head. Queries and keys come normalised, so
+the softmax scale is 1 (golden/README.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from star_dist.model.layout import PackedLayout
+
+SOFTMAX_SCALE = 1.0
+
+
+class KernelUnavailable(ValueError):
+    """A kernel that this machine, device or precision cannot run; the message says why and what to change."""
+
+
+class Kernel(Protocol):
+    """description: for the log, with the library's version where one does the work."""
+
+    description: str
+
+    def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: PackedLayout) -> Tensor:
+        """Self-attention in which a token of scale k sees scales 1..k of its own sample; (T, H, d)."""
+        ...
+
+    def prepare_text(self, layout: PackedLayout, device: torch.device) -> Any:
+        """What `cross` needs to know about the text lengths, on the device; made once a batch."""
+        ...
+
+    def cross(self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: Any) -> Tensor:
+        """Attention of every image token to the text of its own sample; (T, H, d)."""
+        ...
