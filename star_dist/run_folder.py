@@ -24,7 +24,7 @@ def claim_run_folder(run_dir: Path) -> IO[str]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / LOCK_FILE).open("w")
+        lock = (run_dir / LOCK_FILE).open("a")
     except OSError as error:
         raise UserError(f"cannot write to run_dir {run_dir}: {error.strerror}") from None
     try:

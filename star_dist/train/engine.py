@@ -63,7 +63,7 @@ class Engine:
                 elif writes:
                     parameter.copy_(initial_value(name, parameter.shape, model.config, config.seed))
         groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
-        optimizer = build_optimizer(groups, config.optimizer, self.device)
+        optimizer = build_optimizer(groups, config.optimizer)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 
     @property

@@ -27,11 +27,9 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weigh
     return list(groups.values())
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the groups, in one fused kernel on a GPU."""
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=device.type == "cuda"
-    )
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerSection) -> torch.optim.AdamW:
+    """AdamW over the groups, in one fused kernel."""
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate(config: OptimizerSection, step: int, total_steps: int) -> float:

@@ -26,6 +26,7 @@ from star_dist.inference.sampler import SamplingOptions
 from star_dist.model.flops import training_flops
 from star_dist.model.layout import PackedLayout
 from star_dist.model.star import STAR, pack_inputs
+from star_dist.scales import ScaleSchedule
 from star_dist.text import TextEncoder, TextFeatures
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.train.checkpoint import Checkpoint, CheckpointFolder
@@ -74,6 +75,10 @@ class Trainer:
         self.held_out = None
         if config.validation.every:
             self.held_out = HeldOutBatches(config, metadata, self.rank, self.world_size)
+        self.loss_weights_L = None
+        if config.train.scale_loss_power:
+            weights = scale_loss_weights(self.schedule, config.train.scale_loss_power)
+            self.loss_weights_L = torch.tensor(weights, device=self.device)
         self.checkpoints = CheckpointFolder(self.run_dir)
         self.first_step = 0
         if checkpoint is not None:
@@ -93,7 +98,7 @@ class Trainer:
             for _ in range(self.train_batches.micro_batches_per_step):
                 batch = self._next_batch(batches, totals)
                 losses_T, correct_T = self._forward(batch, self._text(batch, step), totals)
-                self.engine.backward(losses_T.sum())
+                self.engine.backward(self._loss_sum(losses_T))
                 self.engine.step(learning_rate(config.optimizer, step, config.train.steps))
                 self._add(totals, losses_T, correct_T, len(batch))
             done = step + 1
@@ -143,6 +148,12 @@ class Trainer:
             totals.text_tokens += sum(text.lengths)
         hidden_SW, pooled_BW = text.hidden_SW.to(self.device), text.pooled_BW.to(self.device)
         return self.engine(inputs_TC, hidden_SW, pooled_BW, tokens_BL.flatten(), layout=layout)
+
+    def _loss_sum(self, losses_T: Tensor) -> Tensor:
+        """What is minimised: the sum over all tokens, weighted by scale where `train.scale_loss_power` says so."""
+        if self.loss_weights_L is not None:
+            losses_T = losses_T.unflatten(0, (-1, self.schedule.num_tokens)) * self.loss_weights_L
+        return losses_T.sum()
 
     def _by_scale(self, values_T: Tensor, weights_B: Tensor | None = None) -> Tensor:
         """Sums over the tokens of each scale; (T,) -> (K,)."""
@@ -248,3 +259,9 @@ class Trainer:
         """Precision of what is not trained: that of the run on a GPU, float32 on a CPU without fast bf16."""
         on_gpu_in_bf16 = self.device.type == "cuda" and self.config.train.precision == "bf16"
         return torch.bfloat16 if on_gpu_in_bf16 else torch.float32
+
+
+def scale_loss_weights(schedule: ScaleSchedule, power: float) -> list[float]:
+    """Weight of every token of a picture, length**-power of its scale; they add up to the number of tokens."""
+    factor = schedule.num_tokens / sum(length ** (1 - power) for length in schedule.lengths)
+    return [factor * length**-power for length in schedule.lengths for _ in range(length)]

