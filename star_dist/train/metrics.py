@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,11 @@ def peak_flops(config: RunConfig, device: torch.device) -> tuple[float, str]:
     return measured_matmul_flops(device), "measured float32 matrix product"
 
 
-def measured_matmul_flops(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of a square float32 matrix product on this process's device."""
-    import time
-
-    a = torch.randn(size, size, device=device)
+def measured_matmul_flops(
+    device: torch.device, size: int = 1024, repeats: int = 5, dtype: torch.dtype = torch.float32
+) -> float:
+    """FLOP/s of a square matrix product on this process's device."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
     torch.mm(a, a).sum().item()
     start = time.perf_counter()
     for _ in range(repeats):

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 from star_dist.config import RunConfig, dump_config
+from star_dist.environment import describe_environment
 from star_dist.errors import UserError
 from star_dist.process import ProcessInfo
 from star_dist.run_folder import claim_run_folder
 from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, check_same_run, check_same_tokenizer
-
-RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "safetensors", "numpy")
 
 
 def train(config: RunConfig, process: ProcessInfo) -> None:
@@ -100,20 +93,13 @@ def _check_nodes(config: RunConfig, process: ProcessInfo) -> None:
 def _write_facts(run_dir: Path, config: RunConfig, process: ProcessInfo, trainer) -> None:
     """The resolved config and the environment, before step 1."""
     (run_dir / "config.json").write_text(dump_config(config) + "\n")
-    facts = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "host": platform.node(),
-        "python": sys.version.split()[0],
-        "packages": {name: version(name) for name in RECORDED_PACKAGES},
-        "git_commit": _git_commit(),
+    facts = describe_environment() | {
         "world_size": process.world_size,
         "device": str(trainer.device),
         "first_step": trainer.first_step,
         "attention_kernel": trainer.engine.attention,
         "peak_flops": trainer.peak_flops,
         "peak_flops_source": trainer.peak_source,
-        "command": sys.argv,
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
     (run_dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -124,12 +110,3 @@ def _say_where_it_starts(trainer, changes: list[str]) -> None:
         trainer.log.say(f"going on from step {trainer.first_step} of {trainer.config.train.steps}")
     for change in changes:
         trainer.log.say(f"changed since the checkpoint: {change}")
-
-
-def _git_commit() -> str | None:
-    """Commit of the code, with a mark for uncommitted changes; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,0 +1,199 @@
+"""Block-causal attention: every kernel of this machine at the three resolutions, against a dense mask through SDPA.
+
+    python benchmarks/attention.py [--quick] [--json FILE]
+
+Useful work counts visible pairs only (0.619, 0.652 and 0.638 of L^2): 4 FLOPs per pair and channel forward, 10
+backward, where flash attention computes the scores again (as in the tables of the FlashAttention papers).
+"square" is the same kernel without any mask on as many pairs: what the mask costs is the ratio to it.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import chosen_device, device_name, median_seconds, peak_bytes, print_table, write_json
+from torch import Tensor
+from tqdm import tqdm
+
+from star_dist.cli import command_parser, run_command
+from star_dist.config import RunConfig, load_config
+from star_dist.model.attention import choose_kernel
+from star_dist.model.kernels.base import Kernel, KernelUnavailable
+from star_dist.model.kernels.flash import GATHERED_TOKENS, LIBRARIES, FlashKernel
+from star_dist.model.kernels.reference import block_causal_mask
+from star_dist.model.kernels.sdpa import SdpaKernel, scaled_dot_product
+from star_dist.model.layout import PackedLayout
+from star_dist.scales import ScaleSchedule
+from star_dist.train.metrics import measured_matmul_flops
+
+CONFIGS = {256: "d30.json", 512: "d30_512.json", 1024: "d30_1024.json"}
+FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10  # of each visible pair and channel
+
+
+class DenseMaskKernel(SdpaKernel):
+    """What published trainers do: one call with an additive L x L mask."""
+
+    description = "dense mask"
+
+    def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: PackedLayout) -> Tensor:
+        (run,) = layout.runs
+        query, key, value = (x.unflatten(0, (run.count, -1)) for x in (query_THd, key_THd, value_THd))
+        mask = additive_mask(run.schedule, query.device, query.dtype)
+        return scaled_dot_product(query, key, value, mask).flatten(0, 1)
+
+
+@lru_cache(maxsize=1)
+def additive_mask(schedule: ScaleSchedule, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """0 where a query sees a key, else -inf; (L, L). Such trainers keep it for the whole run."""
+    visible = block_causal_mask(schedule, device)
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
+
+
+@dataclass
+class Problem:
+    """batch pictures of one schedule through attention layers of so many heads and channels."""
+
+    resolution: int
+    schedule: ScaleSchedule
+    batch: int
+    heads: int
+    channels: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def inputs(self, tokens: int) -> list[Tensor]:
+        shape = (tokens, self.heads, self.channels)
+        query, key, value = torch.randn(3, *shape, device=self.device)
+        return [
+            x.to(self.dtype).requires_grad_() for x in (F.normalize(query, dim=-1), F.normalize(key, dim=-1), value)
+        ]
+
+    @property
+    def pair_channels(self) -> int:
+        return self.batch * self.schedule.visible_pairs * self.heads * self.channels
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Kernel, bool]]:
+    """Every kernel of this machine: name, kernel, whether it runs backwards here."""
+    yield "dense mask", DenseMaskKernel(), True
+    yield "sdpa", SdpaKernel(), True
+    if device.type == "cuda":
+        generation = torch.cuda.get_device_capability(device)[0]
+        for load in LIBRARIES:
+            try:
+                library = load(generation)
+            except (ImportError, KernelUnavailable) as error:
+                print(f"not measured: {load.__name__} ({error})")
+                continue
+            for way, gathered in (("per scale", 0), ("leading gathered", GATHERED_TOKENS), ("gathered", 10**9)):
+                yield f"{library.name}, {way}", FlashKernel(library, gathered), True
+    yield "flex", choose_kernel("flex", device, dtype, training=device.type != "cpu"), device.type != "cpu"
+
+
+def measure(problem: Problem, kernel: Kernel, backwards: bool, repeats: int) -> dict[str, Any]:
+    """Seconds and memory of one layer's attention."""
+    layout = PackedLayout.uniform(problem.schedule, problem.batch)
+    return measure_call(
+        lambda q, k, v: kernel.block_causal(q, k, v, layout), problem, layout.num_tokens, backwards, repeats
+    )
+
+
+def measure_square(problem: Problem, kernel: FlashKernel, repeats: int) -> dict[str, Any]:
+    """The library's unmasked attention on squares of as many pairs."""
+    side = round(math.sqrt(problem.schedule.visible_pairs))
+    split = lambda x: x.unflatten(0, (problem.batch, side))
+    dense = lambda q, k, v: kernel.library.dense(split(q), split(k), split(v)).flatten(0, 1)
+    return measure_call(dense, problem, problem.batch * side, True, repeats)
+
+
+def measure_call(
+    attend: Callable[..., Tensor], problem: Problem, tokens: int, backwards: bool, repeats: int
+) -> dict[str, Any]:
+    inputs = problem.inputs(tokens)
+    gradient = torch.randn_like(inputs[2])
+
+    def forward() -> Tensor:
+        with torch.set_grad_enabled(backwards):
+            return attend(*(inputs if backwards else [x.detach() for x in inputs]))
+
+    def step() -> None:
+        output = forward()
+        if backwards:
+            torch.autograd.grad(output, inputs, gradient)
+
+    forward_s = median_seconds(forward, problem.device, repeats)
+    step_s = median_seconds(step, problem.device, repeats) if backwards else None
+    work = problem.pair_channels / 1e12
+    return {
+        "forward_ms": 1e3 * forward_s,
+        "step_ms": None if step_s is None else 1e3 * step_s,
+        "forward_tflops": FORWARD_FLOPS * work / forward_s,
+        "step_tflops": None if step_s is None else (FORWARD_FLOPS + BACKWARD_FLOPS) * work / step_s,
+        "peak_mib": peak_bytes(step, problem.device) / 2**20,
+    }
+
+
+def problems(device: torch.device, quick: bool) -> list[Problem]:
+    """On a GPU d30's layers at full batches; on a CPU few heads and single pictures."""
+    on_gpu = device.type == "cuda"
+    batches = {256: (8, 64), 512: (2, 16), 1024: (1, 4)} if on_gpu else {256: (1, 4), 512: (1,), 1024: (1,)}
+    found = []
+    for resolution, name in CONFIGS.items():
+        config = load_config(RunConfig, Path(__file__).parents[1] / "configs" / name)
+        heads = config.star_config().heads if on_gpu else 2
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        for batch in batches[resolution][:1] if quick else batches[resolution]:
+            found.append(Problem(resolution, config.schedule, batch, heads, 64, dtype, device))
+    return found[:1] if quick and not on_gpu else found
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="the smallest problem of each resolution, few repeats")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    device = chosen_device()
+    repeats = 3 if arguments.quick else 10
+    todo = [
+        (problem, *entry) for problem in problems(device, arguments.quick) for entry in kernels(device, problem.dtype)
+    ]
+    rows: list[dict[str, Any]] = []
+    for problem, name, kernel, backwards in tqdm(todo, desc="attention", unit="case"):
+        row = {"resolution": problem.resolution, "batch": problem.batch, "kernel": name}
+        try:
+            row |= measure(problem, kernel, backwards, repeats)
+            if isinstance(kernel, DenseMaskKernel):
+                mask = additive_mask(problem.schedule, problem.device, problem.dtype)
+                row["peak_mib"] += mask.numel() * mask.element_size() / 2**20
+            if isinstance(kernel, FlashKernel):
+                square = measure_square(problem, kernel, repeats)
+                row["of_square"] = square["step_ms"] / row["step_ms"]
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            row["failed"] = traceback.format_exception_only(error)[-1].strip().splitlines()[0][:100]
+        rows.append(row)
+    for row in rows:
+        dense = next(r for r in rows if (r["resolution"], r["batch"]) == (row["resolution"], row["batch"]))
+        for kind in ("forward", "step"):
+            if row.get(f"{kind}_ms") and dense.get(f"{kind}_ms"):
+                row[f"{kind}_speedup"] = dense[f"{kind}_ms"] / row[f"{kind}_ms"]
+    heads = dict.fromkeys(key for row in rows for key in row)
+    matmul = measured_matmul_flops(device, 8192 if device.type == "cuda" else 1024, dtype=problem.dtype)
+    print_table(
+        f"One layer's attention on {device_name(device)}; matrix products there: {matmul / 1e12:.4g} TFLOP/s "
+        f"({str(problem.dtype).removeprefix('torch.')})",
+        [{head: row.get(head) for head in heads} for row in rows],
+    )
+    write_json(arguments.json, device, {"matmul_tflops": matmul / 1e12, "attention": rows})
+
+
+if __name__ == "__main__":
+    run_command(main)

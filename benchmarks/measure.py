@@ -1,0 +1,94 @@
+"""What all benchmarks share: timing, memory, one table on the terminal and one JSON file for scripts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from star_dist.environment import describe_environment
+
+
+def chosen_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or how many threads of the CPU are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(function: Callable[[], Any], device: torch.device, repeats: int, warmup: int = 2) -> float:
+    """Median duration of a call, each waited for."""
+    for _ in range(warmup):
+        function()
+    durations = []
+    for _ in range(repeats):
+        wait_for(device)
+        start = time.perf_counter()
+        function()
+        wait_for(device)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations)
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """Most memory that a call holds at once beyond what was held before."""
+    if device.type == "cuda":
+        wait_for(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        wait_for(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    held = most = 0
+    events = (event for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of the same keys as one aligned table; floats with four significant digits."""
+    if not rows:
+        return
+    heads = list(rows[0])
+    cells = [heads, *([_shown(row.get(head)) for head in heads] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
+    print(f"\n{title}")
+    for i, line in enumerate(cells):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        if i == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+def write_json(path: Path | None, device: torch.device, tables: dict[str, Any]) -> None:
+    """All tables with the environment they were measured in."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = describe_environment() | {"device": device_name(device)}
+    path.write_text(json.dumps({"environment": facts} | tables, indent=2) + "\n")
+    print(f"\nwritten to {path}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
