@@ -126,8 +126,8 @@ def read_metadata(root: Path) -> DatasetMetadata:
         raise UserError(f"{path} is damaged: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from None
 
 
-def check_matches(metadata: DatasetMetadata, config: RunConfig, tokenizer_hash: str) -> None:
-    """Refuses shards that were made for another run.
+def check_matches(metadata: DatasetMetadata, config: RunConfig, tokenizer_hash: str, place: str) -> None:
+    """Refuses shards that were made for another run; `place` names the data set in messages.
 
     Raises:
         UserError: naming the first difference, both values and what to change.
@@ -144,18 +144,18 @@ def check_matches(metadata: DatasetMetadata, config: RunConfig, tokenizer_hash: 
         stored = getattr(metadata, name)
         if stored != value:
             raise UserError(
-                f"the data set has {name} {_shown(stored)}, the run has {_shown(value)}; "
+                f"the data set {place} has {name} {_shown(stored)}, the run has {_shown(value)}; "
                 f"change {option} or data, or tokenize again"
             )
     for split in filter(None, (config.data.train_split, config.data.validation_split)):
         if not metadata.splits.get(split):
-            raise UserError(f"the data set has no samples in split {split!r}; it has {dict(metadata.splits)}")
+            raise UserError(f"the data set {place} has no samples in split {split!r}; it has {dict(metadata.splits)}")
     if config.data.text_features:
         if metadata.text_features is None:
-            raise UserError("data.text_features is true but the data set holds captions only; set it to false")
+            raise UserError(f"data.text_features is true but the data set {place} holds captions only; set it to false")
         if metadata.text_features != config.text:
             raise UserError(
-                f"the data set's text features were made with {metadata.text_features!r}, the run has {config.text!r}; "
+                f"the text features of {place} were made with {metadata.text_features!r}, the run has {config.text!r}; "
                 f"change text, or set data.text_features to false"
             )
 

@@ -28,6 +28,7 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
 
     from star_dist.data.dataset import fetch_metadata
     from star_dist.data.schema import check_matches
+    from star_dist.data.streams import claim_caches
     from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
 
     tokenizer = load_tokenizer(Path(config.tokenizer.path))
@@ -35,8 +36,10 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
         check_same_tokenizer(checkpoint, tokenizer_hash(tokenizer))
         if checkpoint.step >= config.train.steps:
             return _report_finished(run_dir, checkpoint, config, process)
+    caches = claim_caches(config.data) if process.local_rank == 0 else []
     metadata = fetch_metadata(config.data)
-    check_matches(metadata, config, tokenizer_hash(tokenizer))
+    for source, found in zip(config.data.all_sources, metadata):
+        check_matches(found, config, tokenizer_hash(tokenizer), source.remote or source.local)
     weights = None
     if config.train.init_from is not None and checkpoint is None and (process.rank == 0 or config.train.zero_stage < 3):
         from star_dist.export import initial_weights_from
@@ -49,7 +52,7 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     engine = Engine(config, process, weights)
     try:
         engine.check_all_ranks_agree(0 if checkpoint is None else checkpoint.step, "the checkpoint to go on from")
-        trainer = Trainer(config, engine, tokenizer, metadata, checkpoint)
+        trainer = Trainer(config, engine, tokenizer, metadata[0], checkpoint)
         if process.rank == 0:
             if config.checkpoint.resume_step is not None:
                 changes += [f"set aside: {path}" for path in CheckpointFolder(run_dir).set_aside_after(checkpoint.step)]
@@ -58,7 +61,7 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
         trainer.run()
     finally:
         engine.close()
-        del lock
+        del lock, caches
 
 
 def _report_finished(run_dir: Path, checkpoint: Checkpoint, config: RunConfig, process: ProcessInfo) -> None:

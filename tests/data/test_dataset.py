@@ -26,7 +26,7 @@ def order(config: RunConfig, first_step: int, steps: int, world_size: int) -> li
 
         process = prepare_process_environment()
         torch.distributed.init_process_group("gloo")
-        batches = TrainBatches(config, fetch_metadata(config.data), process.world_size)
+        batches = TrainBatches(config, fetch_metadata(config.data)[0], process.world_size)
         stream = batches.starting_at(first_step)
         return [
             [i for _ in range(batches.micro_batches_per_step) for i in next(stream).sample_ids] for _ in range(steps)

@@ -41,7 +41,7 @@ def test_features_beyond_float16_are_refused() -> None:
 
 def test_matching_shards_are_accepted(dataset_folder: Path, run_config: Callable[..., RunConfig]) -> None:
     metadata = read_metadata(dataset_folder)
-    check_matches(metadata, run_config(), metadata.tokenizer_hash)
+    check_matches(metadata, run_config(), metadata.tokenizer_hash, "here")
     assert metadata.splits["train"] + metadata.splits["val"] == 60
 
 
@@ -60,17 +60,17 @@ def test_other_shards_are_refused_with_both_values(
 ) -> None:
     metadata = read_metadata(dataset_folder)
     with pytest.raises(UserError, match=said):
-        check_matches(metadata.model_copy(update=change), run_config(), metadata.tokenizer_hash)
+        check_matches(metadata.model_copy(update=change), run_config(), metadata.tokenizer_hash, "here")
 
 
 def test_text_features_must_be_those_of_the_run(dataset_folder: Path, run_config: Callable[..., RunConfig]) -> None:
     metadata = read_metadata(dataset_folder)
     config = run_config(data={"text_features": True})
     with pytest.raises(UserError, match="holds captions only"):
-        check_matches(metadata, config, metadata.tokenizer_hash)
+        check_matches(metadata, config, metadata.tokenizer_hash, "here")
     other = metadata.model_copy(update={"text_features": TextSection(encoder="another")})
     with pytest.raises(UserError, match="were made with .*another"):
-        check_matches(other, config, metadata.tokenizer_hash)
+        check_matches(other, config, metadata.tokenizer_hash, "here")
 
 
 def test_metadata_of_another_version_or_damaged(tmp_path: Path, dataset_folder: Path) -> None:

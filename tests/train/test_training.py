@@ -99,7 +99,7 @@ def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig, power
         encoder = TextEncoder(config.text, torch.device("cpu"))
         quantizer = load_tokenizer(Path(config.tokenizer.path)).quantize
         one_rank = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 8})})
-        batches = TrainBatches(one_rank, fetch_metadata(config.data), 1).starting_at(0)
+        batches = TrainBatches(one_rank, fetch_metadata(config.data)[0], 1).starting_at(0)
         for step in range(3):
             batch = next(batches)
             dropped = drop_captions(batch.sample_ids, seed=config.seed, step=step, rate=0.5)
