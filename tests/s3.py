@@ -22,6 +22,7 @@ from typing import Any
 import boto3
 import botocore.exceptions
 import pytest
+from botocore.config import Config
 
 ACCESS_KEY = "star-dist-tests"
 SECRET_KEY = "not-a-secret-of-anything"
@@ -51,9 +52,10 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",  # without keys the chain would ask a host that does not answer
         }
 
-    def client(self) -> Any:
+    def client(self, options: Config | None = None) -> Any:
         return boto3.client(
             "s3",
+            config=options,
             endpoint_url=self.endpoint,
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
