@@ -37,7 +37,7 @@ from star_dist.data.schema import (
     decode_tokens,
     read_metadata,
 )
-from star_dist.data.shared_memory import record_segments, remove_segments_of_dead_jobs
+from star_dist.data.shared_memory import record_segments
 from star_dist.data.streams import CorruptShard, apply_s3_settings, build_streams
 from star_dist.errors import UserError
 from star_dist.scales import ScaleSchedule
@@ -81,7 +81,6 @@ class CaptionedTokens(StreamingDataset):
         check_local_shards(data, split)
         on_first_rank_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
         if on_first_rank_of_host:
-            remove_segments_of_dead_jobs()
             for source in data.all_sources:
                 for mark in Path(source.local, split).glob(f"*{CORRUPT_MARK}"):
                     mark.unlink()  # another start, another try

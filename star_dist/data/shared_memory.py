@@ -34,7 +34,10 @@ def record_segments(number: int) -> None:
 
 
 def remove_segments_of_dead_jobs() -> int:
-    """Removes what recorded jobs of this user left on this host that live no longer; returns how many."""
+    """Removes what recorded jobs of this user left on this host that live no longer; returns how many.
+
+    For one process of a host, before its others look for a free number.
+    """
     removed = 0
     for path in sorted(Path(tempfile.gettempdir()).glob(f"{RECORD_PREFIX}*")):
         number = int(path.name.removeprefix(RECORD_PREFIX))

@@ -28,6 +28,7 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
 
     from star_dist.data.dataset import fetch_metadata
     from star_dist.data.schema import check_matches
+    from star_dist.data.shared_memory import remove_segments_of_dead_jobs
     from star_dist.data.streams import claim_caches
     from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
 
@@ -36,7 +37,10 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
         check_same_tokenizer(checkpoint, tokenizer_hash(tokenizer))
         if checkpoint.step >= config.train.steps:
             return _report_finished(run_dir, checkpoint, config, process)
-    caches = claim_caches(config.data) if process.local_rank == 0 else []
+    caches = []
+    if process.local_rank == 0:  # before the ranks meet: all must find the same numbers of shared memory taken
+        caches = claim_caches(config.data)
+        remove_segments_of_dead_jobs()
     metadata = fetch_metadata(config.data)
     for source, found in zip(config.data.all_sources, metadata):
         check_matches(found, config, tokenizer_hash(tokenizer), source.remote or source.local)
