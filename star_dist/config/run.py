@@ -119,6 +119,8 @@ class TrainSection(Section):
     """steps: optimizer steps. global_batch, micro_batch: pictures per step over all GPUs, and per GPU and forward pass.
 
     init_from: an exported folder whose weights start the run (256 -> 512 -> 1024).
+    activation_checkpointing: `selective` computes norms, GELU and rotations again in the backward pass, `full` all of
+    each block; both save memory and change no result.
     scale_loss_power: a token of a scale of n tokens counts n**-power in the loss. 0 is the paper's cross-entropy; 1
     gives every scale the same say, so that layout and colours, which few tokens decide, are learned first.
     omp_threads: CPU threads of each rank, pinned because float sums depend on it; null leaves the launcher's choice.
@@ -127,6 +129,7 @@ class TrainSection(Section):
     steps: Positive
     global_batch: Positive
     micro_batch: Positive
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     caption_dropout: Fraction = 0.1
     scale_loss_power: Fraction = 0.0
     precision: Literal["bf16", "fp32"] = "bf16"

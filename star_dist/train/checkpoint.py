@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "tokenizer.path",  # the marker records the hash of the weights behind it
     "train.steps",
     "train.micro_batch",
+    "train.activation_checkpointing",
     "train.init_from",
     "train.omp_threads",
     "model.attention",

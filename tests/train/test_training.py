@@ -121,6 +121,19 @@ def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig, power
         assert (tensor - torch.from_numpy(expected[name])).abs().max() < WEIGHT_TOLERANCE, name
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_changes_no_weight(run_config: MakeConfig, tmp_path: Path, mode: str) -> None:
+    """At ZeRO-3, where a block's weights are gathered again for what is computed again."""
+    configs = [
+        run_config(run_dir=str(tmp_path / each), train={"steps": 3, "activation_checkpointing": each})
+        for each in ("none", mode)
+    ]
+    for config in configs:
+        train_on(config, 2)
+    whole, again = map(weights, configs)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
 def test_initial_weights_are_the_same_partitioned_or_not(run_config: MakeConfig) -> None:
     """Under zero.Init on 2 ranks: bit-identical to an unsharded build, so all statistics are too."""
     from star_dist.model.initialization import initialize_weights
