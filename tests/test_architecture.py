@@ -22,6 +22,8 @@ TORCH_FREE = [
     "star_dist.cli",
     "star_dist.process",
     "star_dist.train.checkpoint",
+    "star_dist.train.dry_run",
+    "star_dist.train.planning",
 ]
 
 
