@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +26,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from star_dist.config import DataSection, RunConfig
+from star_dist.data.captions import choose_caption
 from star_dist.data.schema import (
     EMPTY_CAPTION_FILE,
     METADATA_FILE,
     SHARD_HASH,
     DatasetMetadata,
+    decode_captions,
     decode_features,
     decode_tokens,
     read_metadata,
@@ -56,8 +58,31 @@ class MicroBatch:
         return len(self.sample_ids)
 
 
+@dataclass(frozen=True)
+class Samples:
+    """A micro-batch before its captions are chosen: captions, and features where stored, of each sample by name."""
+
+    sample_ids: tuple[int, ...]
+    tokens_BL: Tensor
+    captions: tuple[dict[str, str], ...]
+    features: tuple[dict[str, tuple[Tensor, Tensor]], ...] | None
+
+    def choose_captions(self, weights: Mapping[str, float], *, seed: int, step: int) -> MicroBatch:
+        """Takes one caption of each sample (`choose_caption`)."""
+        names = [
+            choose_caption(captions, weights, seed=seed, step=step, sample_id=sample_id)
+            for sample_id, captions in zip(self.sample_ids, self.captions)
+        ]
+        return MicroBatch(
+            sample_ids=self.sample_ids,
+            tokens_BL=self.tokens_BL,
+            captions=tuple(captions[name] for captions, name in zip(self.captions, names)),
+            features=self.features and tuple(features[name] for features, name in zip(self.features, names)),
+        )
+
+
 class CaptionedTokens(StreamingDataset):
-    """One split of a data set; samples as dicts of `sample_id`, `tokens`, `caption` and optionally `features`.
+    """One split of a data set; samples as dicts of `sample_id`, `tokens`, `captions` and optionally `features`.
 
     Raises:
         UserError: no such split, or a local shard that is missing or cut short.
@@ -100,24 +125,24 @@ class CaptionedTokens(StreamingDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         stored = super().__getitem__(index)
-        sample = {"sample_id": int(index), "tokens": decode_tokens(stored, self.metadata), "caption": stored["caption"]}
+        sample = {
+            "sample_id": int(index),
+            "tokens": decode_tokens(stored, self.metadata),
+            "captions": decode_captions(stored, self.metadata),
+        }
         if self.feature_width is not None:
-            sample["features"] = decode_features(stored, self.feature_width)
+            decoded = {name: decode_features(stored, name, self.feature_width) for name in sample["captions"]}
+            sample["features"] = {name: tuple(map(torch.from_numpy, parts)) for name, parts in decoded.items()}
         return sample
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> MicroBatch:
+def collate(samples: Sequence[dict[str, Any]]) -> Samples:
     """Stacks samples of one schedule."""
-    features = None
-    if "features" in samples[0]:
-        features = tuple(
-            (torch.from_numpy(hidden), torch.from_numpy(pooled)) for hidden, pooled in (s["features"] for s in samples)
-        )
-    return MicroBatch(
+    return Samples(
         sample_ids=tuple(sample["sample_id"] for sample in samples),
         tokens_BL=torch.from_numpy(np.stack([sample["tokens"] for sample in samples])),
-        captions=tuple(sample["caption"] for sample in samples),
-        features=features,
+        captions=tuple(sample["captions"] for sample in samples),
+        features=tuple(sample["features"] for sample in samples) if "features" in samples[0] else None,
     )
 
 
@@ -133,6 +158,7 @@ class TrainBatches:
         self.micro_batches_per_step = config.accumulation_steps(world_size)
         self.global_batch = config.train.global_batch
         self.seed = config.seed
+        self.caption_weights = data.caption_weights
         self.num_canonical_nodes = data.num_canonical_nodes
         self.dataset = CaptionedTokens(
             data,
@@ -178,9 +204,9 @@ class TrainBatches:
             )
             remaining = (self.steps_per_epoch - step_in_epoch) * self.micro_batches_per_step
             batches = iter(self.loader)
-            for _ in range(remaining):
+            for i in range(remaining):
                 try:
-                    batch = next(batches)
+                    samples = next(batches)
                 except UserError as error:  # a loader worker sends it with its traceback before the message
                     raise UserError(str(error).strip().splitlines()[-1].removeprefix(WORKER_ERROR_PREFIX)) from None
                 except RuntimeError as error:
@@ -190,7 +216,8 @@ class TrainBatches:
                         f"no batch from {self.dataset.place} within data.batch_timeout_s {self.loader.timeout:.0f} s; "
                         f"{SHARD_ADVICE}"
                     ) from None
-                yield batch
+                step = epoch * self.steps_per_epoch + step_in_epoch + i // self.micro_batches_per_step
+                yield samples.choose_captions(self.caption_weights, seed=self.seed, step=step)
             del batches  # stops this epoch's workers before the next epoch's start
             epoch, step_in_epoch = epoch + 1, 0
 
@@ -213,6 +240,7 @@ class HeldOutBatches:
         )
         self.num_samples = min(config.validation.num_samples, self.dataset.num_samples)
         self.micro_batch = config.train.micro_batch
+        self.seed, self.caption_weights = config.seed, config.data.caption_weights
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, Tensor]]:
@@ -222,7 +250,8 @@ class HeldOutBatches:
             indices = range(start + self.rank * self.micro_batch, start + (self.rank + 1) * self.micro_batch)
             samples = [self.dataset[min(index, self.num_samples - 1)] for index in indices]
             weights = torch.tensor([float(index < self.num_samples) for index in indices])
-            yield collate(samples), weights
+            # As if all were of step 0: the same captions every time, in the shares that training draws.
+            yield collate(samples).choose_captions(self.caption_weights, seed=self.seed, step=0), weights
 
 
 def drop_captions(sample_ids: Sequence[int], *, seed: int, step: int, rate: float) -> list[bool]:
