@@ -74,6 +74,8 @@ class DataSection(Section):
     whatever the number of GPUs (mosaicml-streaming's elastic determinism).
     batch_timeout_s: how long a step waits for the loader's workers before training stops with a message.
     text_features: read the features stored in the shards in place of running the text encoder.
+    caption_weights: how often each of a picture's named captions is drawn, such as {"original": 1, "recaptioned": 4};
+    empty takes the data set's first one. The draw is a function of the seed, the step and the sample.
     """
 
     remote: str | None = None
@@ -82,6 +84,7 @@ class DataSection(Section):
     train_split: str = "train"
     validation_split: str | None = "val"
     text_features: bool = False
+    caption_weights: dict[str, Annotated[float, Field(gt=0)]] = {}
     shuffle: bool = True
     shuffle_algorithm: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = "py1e"
     shuffle_block_size: Positive | None = None

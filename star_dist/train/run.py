@@ -26,7 +26,7 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     changes = check_same_run(checkpoint, config) if checkpoint is not None else []
     _check_nodes(config, process)
 
-    from star_dist.data.dataset import fetch_metadata
+    from star_dist.data.fetch import fetch_metadata
     from star_dist.data.schema import check_matches
     from star_dist.data.shared_memory import remove_segments_of_dead_jobs
     from star_dist.data.streams import claim_caches
@@ -56,7 +56,7 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     engine = Engine(config, process, weights)
     try:
         engine.check_all_ranks_agree(0 if checkpoint is None else checkpoint.step, "the checkpoint to go on from")
-        trainer = Trainer(config, engine, tokenizer, metadata[0], checkpoint)
+        trainer = Trainer(config, engine, tokenizer, metadata, checkpoint)
         if process.rank == 0:
             if config.checkpoint.resume_step is not None:
                 changes += [f"set aside: {path}" for path in CheckpointFolder(run_dir).set_aside_after(checkpoint.step)]

@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 
 from star_dist.config import RunConfig
-from star_dist.data.dataset import (
-    HeldOutBatches,
-    MicroBatch,
-    TrainBatches,
-    drop_captions,
-    fetch_empty_caption,
-)
+from star_dist.data.batches import HeldOutBatches, TrainBatches, drop_captions
+from star_dist.data.dataset import MicroBatch
+from star_dist.data.fetch import fetch_empty_caption
 from star_dist.data.schema import DatasetMetadata
 from star_dist.errors import UserError
 from star_dist.inference.grid import GridSection, draw_grid
@@ -58,7 +54,7 @@ class Trainer:
         config: RunConfig,
         engine: Engine,
         tokenizer: MultiScaleVQVAE,
-        metadata: DatasetMetadata,
+        metadata: list[DatasetMetadata],
         checkpoint: Checkpoint | None,
     ) -> None:
         self.config = config
@@ -280,7 +276,7 @@ class Trainer:
         self.engine.barrier()
         self.engine.save(self.checkpoints.path(done))
         if self.rank == 0:
-            self.checkpoints.complete(done, self.world_size, self.metadata.tokenizer_hash, self.config)
+            self.checkpoints.complete(done, self.world_size, self.metadata[0].tokenizer_hash, self.config)
             self.checkpoints.keep_last(self.config.checkpoint.keep_last)
         self.engine.barrier()
 

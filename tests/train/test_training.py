@@ -74,7 +74,8 @@ def test_step_is_the_same_however_the_global_batch_is_split(run_config: MakeConf
 @pytest.mark.parametrize("power", [0.0, 0.5])
 def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig, power: float) -> None:
     """The engine against twenty lines of PyTorch: loss scaling, clipping, groups, rate, dropped captions, order."""
-    from star_dist.data.dataset import TrainBatches, drop_captions, fetch_metadata
+    from star_dist.data.batches import TrainBatches, drop_captions
+    from star_dist.data.fetch import fetch_metadata
     from star_dist.model.initialization import initialize_weights
     from star_dist.model.layout import PackedLayout
     from star_dist.model.star import STAR, pack_inputs
@@ -99,7 +100,7 @@ def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig, power
         encoder = TextEncoder(config.text, torch.device("cpu"))
         quantizer = load_tokenizer(Path(config.tokenizer.path)).quantize
         one_rank = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 8})})
-        batches = TrainBatches(one_rank, fetch_metadata(config.data)[0], 1).starting_at(0)
+        batches = TrainBatches(one_rank, fetch_metadata(config.data), 1).starting_at(0)
         for step in range(3):
             batch = next(batches)
             dropped = drop_captions(batch.sample_ids, seed=config.seed, step=step, rate=0.5)
