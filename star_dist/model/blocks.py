@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from star_dist.model.attention import AttentionContext, KeyValue
 from star_dist.model.config import StarConfig
-from star_dist.model.rope import Rotary, rotate
+from star_dist.model.qk_norm import rotate_and_normalize
+from star_dist.model.rope import Rotary
 
 LAYER_NORM_EPS = 1e-6
 MAX_QUERY_SCALE = 100.0
@@ -40,43 +41,49 @@ class NormalizedHeads(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
-    def normalize_query(self, query_THd: Tensor, dtype: torch.dtype) -> Tensor:
-        factor_H1 = self.scale_mul_1H11.float().clamp(max=math.log(MAX_QUERY_SCALE)).exp().view(self.heads, 1)
-        return (F.normalize(query_THd.float(), dim=-1) * factor_H1).to(dtype)
+    def query_factor_H1(self) -> Tensor:
+        """What queries of unit length are multiplied with; the softmax scale itself is 1."""
+        return self.scale_mul_1H11.float().clamp(max=math.log(MAX_QUERY_SCALE)).exp().view(self.heads, 1)
 
 
-def normalize_key(key_THd: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.normalize(key_THd.float(), dim=-1).to(dtype)
+class BiasedLinear(nn.Linear):
+    """A linear layer whose bias is another module's parameter."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, self.weight, bias)
 
 
 class SelfAttention(NormalizedHeads):
     def __init__(self, config: StarConfig) -> None:
         super().__init__(config)
-        self.mat_qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.mat_qkv = BiasedLinear(config.width, 3 * config.width)
 
     def forward(self, x_TD: Tensor, *, layer: int, rotary: Rotary | None, context: AttentionContext) -> Tensor:
-        query, key, value = self.mat_qkv(x_TD).chunk(3, dim=-1)
-        query, key, value = map(self.split_heads, (query + self.q_bias, key, value + self.v_bias))
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        query, key = self.normalize_query(query, value.dtype), normalize_key(key, value.dtype)
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        query, key, value = map(self.split_heads, self.mat_qkv(x_TD, bias).chunk(3, dim=-1))
+        query = rotate_and_normalize(query, rotary, self.query_factor_H1())
+        key = rotate_and_normalize(key, rotary)
         return self.proj(context.attend_image(layer, query, key, value).flatten(-2))
 
 
 class CrossAttention(NormalizedHeads):
     def __init__(self, config: StarConfig) -> None:
         super().__init__(config)
-        self.mat_q = nn.Linear(config.width, config.width, bias=False)
-        self.mat_kv = nn.Linear(config.text_width, 2 * config.width, bias=False)
+        self.mat_q = BiasedLinear(config.width, config.width)
+        self.mat_kv = BiasedLinear(config.text_width, 2 * config.width)
 
     def text_key_value(self, text_SC: Tensor) -> KeyValue:
         """Keys and values of the text tokens, (S, H, d) each."""
-        key, value = self.mat_kv(text_SC).chunk(2, dim=-1)
-        value = self.split_heads(value + self.v_bias)
-        return normalize_key(self.split_heads(key), value.dtype), value
+        bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
+        key, value = map(self.split_heads, self.mat_kv(text_SC, bias).chunk(2, dim=-1))
+        return rotate_and_normalize(key, None), value
 
     def forward(self, x_TD: Tensor, text_SC: Tensor, *, layer: int, context: AttentionContext) -> Tensor:
-        query = self.normalize_query(self.split_heads(self.mat_q(x_TD) + self.q_bias), x_TD.dtype)
+        query = self.split_heads(self.mat_q(x_TD, self.q_bias))
+        query = rotate_and_normalize(query, None, self.query_factor_H1())
         key_value: Callable[[], KeyValue] = lambda: self.text_key_value(text_SC)
         return self.proj(context.attend_text(layer, query, key_value).flatten(-2))
 

@@ -55,7 +55,7 @@ def packed_rotary(config: StarConfig, schedules: tuple[ScaleSchedule, ...], devi
 
 
 def rotate(x_THd: Tensor, rotary: Rotary) -> Tensor:
-    """Rotates channel pairs by each token's angles; (…, T, H, d) -> the same shape in float32."""
+    """Rotates channel pairs by each token's angles; (…, T, H, d) float32 or better."""
     cosines, sines = (table.unsqueeze(-2) for table in rotary)
-    even, odd = x_THd.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x_THd.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1).flatten(-2)

@@ -11,15 +11,11 @@ from star_dist.scales import ScaleSchedule
 FLOAT32_BYTES = 4
 LOSS_CHUNK_TOKENS = 2048  # chunked_loss.CHUNK_TOKENS
 
-# What one block keeps for its backward pass, in tensors of T x D: those in the activations' precision and those that
-# are float32 whatever that is (RoPE and the normalisation of queries and keys are). Checked against measured peaks.
-KEPT_PER_BLOCK = {
-    # self-attention: LayerNorm's input and output, queries, keys, values, output by scale and joined;
-    # cross-attention: LayerNorm's input and output, queries, output; feed-forward: input, output, 4 + 4 inside
-    "low": 7 + 4 + 10,
-    # rotated queries and keys, normalised queries; in cross-attention queries before and after their normalisation
-    "float32": 3 + 2,
-}
+# What one block keeps for its backward pass, in tensors of T x D of the activations' precision, checked against
+# measured peaks. Self-attention: LayerNorm's input and output, 3 of queries, keys and values, 2 of them normalised,
+# output by scale and joined. Cross-attention: LayerNorm's input and output, queries, normalised, output. Feed-forward:
+# LayerNorm's input and output, 4 + 4 inside.
+KEPT_PER_BLOCK = 9 + 5 + 10
 KEPT_SELECTIVE = 14  # the block's input, 3 of queries, keys and values, 2 + 3 of attention, 4 + 1 of feed-forward
 BACKWARD_PER_BLOCK = 8  # gradients that live together while a block runs backwards: the feed-forward's 4 + 4
 
@@ -45,7 +41,7 @@ def activation_bytes(config: StarConfig, tokens: int, bytes_per_value: int, chec
     kernel that keeps no scores.
     """
     unit = tokens * config.width
-    block = unit * (KEPT_PER_BLOCK["low"] * bytes_per_value + KEPT_PER_BLOCK["float32"] * FLOAT32_BYTES)
+    block = KEPT_PER_BLOCK * unit * bytes_per_value
     kept = {"none": block, "selective": KEPT_SELECTIVE * unit * bytes_per_value, "full": unit * bytes_per_value}
     chunk = min(tokens, LOSS_CHUNK_TOKENS)
     head_weights = config.vocab_size * config.width * FLOAT32_BYTES  # their gradient, before it is stored

@@ -1,0 +1,198 @@
+"""One training step of the transformer: pictures/s, MFU, peak memory and where the time goes.
+
+    python benchmarks/train_step.py [--quick] [--against dense] [--profile TRACE.json] [--json FILE]
+
+A step is forward, backward, clipping and fused AdamW on one device, on random tokens and 77-token captions; the
+trainer reports the same numbers of a whole DeepSpeed run as throughput/ in metrics.jsonl. On a GPU: d16 and d30 in bf16
+with fp32 optimizer states at the three resolutions; on a CPU: d8 in float32 at 256 and 512. --against dense also runs
+the step that a dense additive mask through SDPA and logits of the whole batch make of the same model. --profile writes
+a Chrome trace (chrome://tracing, Perfetto) and the table of the largest kernels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from attention import CONFIGS, DenseMaskKernel
+from measure import chosen_device, device_name, median_seconds, peak_bytes, print_table, wait_for, write_json
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from star_dist.cli import command_parser, run_command
+from star_dist.config import RunConfig, load_config
+from star_dist.model.attention import PackedAttention
+from star_dist.model.config import StarConfig
+from star_dist.model.flops import training_flops
+from star_dist.model.initialization import initialize_weights
+from star_dist.model.layout import PackedLayout
+from star_dist.model.recompute import Recompute
+from star_dist.model.star import STAR
+from star_dist.scales import ScaleSchedule
+from star_dist.train.metrics import GPU_PEAK_TFLOPS, measured_matmul_flops
+
+TEXT_TOKENS = 77
+# Which part of the step an operator or kernel belongs to, by a piece of its name; the first that fits.
+PARTS = {
+    "attention": ("attention", "flash", "fmha", "attn"),
+    "matrix products": ("mm", "gemm", "cutlass", "linear"),
+    "optimizer": ("adam", "foreach"),
+    "norms": ("layer_norm", "vector_norm", "linalg"),
+    "loss": ("softmax", "nll_loss", "cross_entropy", "argmax"),
+}
+
+
+@dataclass
+class Case:
+    depth: int
+    resolution: int
+    schedule: ScaleSchedule
+    batch: int
+    dtype: torch.dtype
+    recompute: Recompute
+
+
+class DenseStar(STAR):
+    """What published trainers run: a dense additive L x L mask, and logits and loss of the whole batch at once."""
+
+    def forward(
+        self, inputs_TC: Tensor, text_SW: Tensor, pooled_BW: Tensor, targets_T: Tensor, *, layout: PackedLayout
+    ) -> tuple[Tensor, Tensor]:
+        dtype, device = self.word_embed.weight.dtype, inputs_TC.device
+        x_TD = self.word_embed(inputs_TC.to(dtype))
+        x_TD = x_TD.index_copy(0, layout.first_tokens(device), self.start_token(pooled_BW.to(dtype)))
+        x_TD = self.add_positions(x_TD, layout.scale_ids(device), layout.positions(device))
+        context = PackedAttention(layout, DenseMaskKernel(), device)
+        x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device), context)
+        logits_TV = self.head_logits(x_TD)
+        return F.cross_entropy(logits_TV, targets_T, reduction="none"), logits_TV.argmax(-1) == targets_T
+
+
+def build_step(kind: type[STAR], case: Case, device: torch.device) -> Callable[[], None]:
+    """A closure that runs one step."""
+    torch.manual_seed(0)
+    config = StarConfig(depth=case.depth, scales=case.schedule.sides)
+    model = kind(config, recompute=case.recompute)
+    initialize_weights(model, 0)
+    model.to(device, case.dtype)
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()] if case.dtype != torch.float32 else None
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(masters or parameters, lr=1e-4, fused=True)
+    layout = PackedLayout.uniform(case.schedule, case.batch, (TEXT_TOKENS,) * case.batch)
+    inputs = torch.randn(layout.num_tokens, config.code_dim, device=device)
+    text = torch.randn(TEXT_TOKENS * case.batch, config.text_width, device=device)
+    pooled = torch.randn(case.batch, config.text_width, device=device)
+    targets = torch.randint(config.vocab_size, (layout.num_tokens,), device=device)
+
+    def step() -> None:
+        losses, _ = model(inputs, text, pooled, targets, layout=layout)
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if masters is not None:
+            for master, parameter in zip(masters, parameters):
+                master.grad = parameter.grad.float()
+        optimizer.step()
+        if masters is not None:
+            torch._foreach_copy_(parameters, masters)
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure(kind: type[STAR], case: Case, device: torch.device, peak_flops: float, repeats: int) -> dict[str, Any]:
+    step = build_step(kind, case, device)
+    seconds = median_seconds(step, device, repeats, warmup=1)
+    config = StarConfig(depth=case.depth, scales=case.schedule.sides)
+    flops = training_flops(config, case.schedule, TEXT_TOKENS) * case.batch
+    return {
+        "images_per_s": case.batch / seconds,
+        "tokens_per_s": case.batch * case.schedule.num_tokens / seconds,
+        "step_s": seconds,
+        "mfu": flops / seconds / peak_flops,
+        "peak_gib": peak_bytes(step, device) / 2**30,
+    } | shares(step, device)
+
+
+def shares(step: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Share of each part of the step in the time of all operators (on a GPU: of all kernels)."""
+    record = run_profile(step, device)
+    times: Counter[str] = Counter()
+    for event in record.key_averages():
+        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        name = event.key.lower()
+        times[next((part for part, pieces in PARTS.items() if any(p in name for p in pieces)), "other")] += spent
+    total = sum(times.values())
+    return {f"% {part}": 100 * times[part] / total for part in (*PARTS, "other")}
+
+
+def run_profile(step: Callable[[], None], device: torch.device) -> profile:
+    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+    with profile(activities=activities) as record:
+        step()
+        wait_for(device)
+    return record
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    found = []
+    on_gpu = device.type == "cuda"
+    for resolution, name in CONFIGS.items():
+        config = load_config(RunConfig, Path(__file__).parents[1] / "configs" / name)
+        if on_gpu:
+            batch = config.train.micro_batch
+            mode = config.train.activation_checkpointing
+            depths = (30,) if quick else (16, 30)
+            found += [Case(depth, resolution, config.schedule, batch, torch.bfloat16, mode) for depth in depths]
+        elif resolution < 1024:
+            batches = (1,) if quick or resolution > 256 else (1, 4)
+            found += [Case(8, resolution, config.schedule, batch, torch.float32, "none") for batch in batches]
+    return found[:1] if quick and not on_gpu else found
+
+
+def peak_flops(device: torch.device) -> float:
+    """The data sheet's dense bf16 peak of a GPU; on a CPU the measured float32 rate of its threads."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next(tflops * 1e12 for gpu, tflops in GPU_PEAK_TFLOPS.items() if gpu in name)
+    return measured_matmul_flops(device, repeats=20)
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
+    parser.add_argument("--against", choices=["dense"], help="also measure the step with a dense mask")
+    parser.add_argument("--profile", type=Path, metavar="TRACE", help="write a Chrome trace of the last case")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    arguments = parser.parse_args()
+    device = chosen_device()
+    peak = peak_flops(device)
+    repeats = 2 if arguments.quick else 5
+    kinds = {"star-dist": STAR} | ({"dense mask": DenseStar} if arguments.against else {})
+    todo = [(case, name) for case in cases(device, arguments.quick) for name in kinds]
+    rows = []
+    for case, name in tqdm(todo, desc="train step", unit="case"):
+        facts = {"model": f"d{case.depth}", "resolution": case.resolution, "batch": case.batch, "step": name}
+        rows.append(facts | measure(kinds[name], case, device, peak, repeats))
+    if arguments.against:
+        for ours, dense in zip(rows[::2], rows[1::2]):
+            ours["speedup"] = dense["step_s"] / ours["step_s"]
+            ours["memory_ratio"] = ours["peak_gib"] / dense["peak_gib"]
+            dense["speedup"] = dense["memory_ratio"] = 1.0
+    print_table(f"Training step on {device_name(device)}; MFU of {peak / 1e12:.4g} TFLOP/s", rows)
+    if arguments.profile is not None:
+        record = run_profile(build_step(STAR, todo[-1][0], device), device)
+        record.export_chrome_trace(str(arguments.profile))
+        order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(record.key_averages().table(sort_by=order, row_limit=20))
+        print(f"trace written to {arguments.profile}")
+    write_json(arguments.json, device, {"peak_tflops": peak / 1e12, "train_step": rows})
+
+
+if __name__ == "__main__":
+    run_command(main)
