@@ -24,6 +24,7 @@ setup(
         "wandb>=0.18",
         "boto3>=1.34",
         "safetensors>=0.5",
+        "huggingface-hub>=0.34",
         "pydantic>=2.8",
         "numpy>=1.26",
         "pillow>=10.1",

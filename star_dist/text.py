@@ -56,6 +56,11 @@ class TextEncoder:
                 f"text encoder {config.encoder} has width {width}, text.width is {config.width}; change one"
             )
 
+    def to(self, device: torch.device) -> None:
+        """Moves the model; later features come from that device."""
+        self.device = device
+        self.model.to(device)
+
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextFeatures:
         """Encodes captions; longer ones are cut at `text.max_tokens`."""

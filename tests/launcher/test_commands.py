@@ -54,6 +54,10 @@ def test_help_answers_at_once(command: list[str]) -> None:
         (["launcher/train.py", "--config", "absent.json"], "cannot read config absent.json"),
         (["launcher/train.py", "--config", "configs/d30.json", "train.steps=soon"], "train.steps: input should be"),
         (
+            ["launcher/train.py", "--config", "configs/d30.json", "samples.top_k=[1,2]"],
+            "top_k has 2 values, the model has 10 scales; give one value or 10",
+        ),
+        (
             ["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "7"],
             "is not a multiple of train.micro_batch 16 x 7 ranks",
         ),
@@ -63,6 +67,11 @@ def test_help_answers_at_once(command: list[str]) -> None:
         (["launcher/sample.py", "absent", "--out", "x.png"], "no prompt given"),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.gif"], "must end in .png or .jpg"),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--top-p", "7"], "top_p must lie in 0..1"),
+        (
+            ["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--top-k", "1,x"],
+            "--top-k takes whole numbers separated by commas, got '1,x'",
+        ),
+        (["launcher/sample.py", "no/such", "a heart", "--out", "x.png"], "there is no folder no/such, and no Hugging"),
         (
             ["-m", "data_prep.tokenize", "--config", "configs/prep/demo.json", "tokenizer=/absent"],
             "no tokenizer at /absent",
