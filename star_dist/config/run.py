@@ -142,7 +142,7 @@ class SamplesSection(Section):
 
     every: Count = 0
     prompts: tuple[str, ...] = ()
-    guidance: float = 4.0
+    guidance: float = Field(4.0, ge=0)
     guidance_by_scale: tuple[float, ...] | None = None
     top_k: int | tuple[int, ...] = 0
     top_p: float | tuple[float, ...] = 0.0
