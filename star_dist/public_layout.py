@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 CLASS_EMBEDDING = "class_emb.weight"
 PUBLIC_CLASSES = 1001
+PUBLIC_NORM_GROUPS = 32
+PUBLIC_ROPE: RopeConvention = "public"
 ZERO_BUFFER = "zero_k_bias"
 
 # Sides of the token maps that the public models draw.
@@ -113,8 +115,10 @@ def infer_star_config(
         raise UserError(f"{source} is {what}: {error}") from None
 
 
-def infer_tokenizer_config(weights: Mapping[str, Tensor], scales: tuple[int, ...], source: str) -> VQVAEConfig:
-    """The architecture that the shapes of a public tokenizer tell.
+def infer_tokenizer_config(
+    weights: Mapping[str, Tensor], scales: tuple[int, ...], norm_groups: int, source: str
+) -> VQVAEConfig:
+    """The architecture that the shapes of a public tokenizer tell; `norm_groups` cannot be seen in them.
 
     scales: of the model; taken for a tokenizer whose statistics are not of the public ten scales.
 
@@ -135,6 +139,7 @@ def infer_tokenizer_config(weights: Mapping[str, Tensor], scales: tuple[int, ...
             channels=channels,
             channel_multipliers=tuple(width // channels for width in widths),
             blocks_per_level=_count(weights, "encoder.down.0.block.{}.norm1.weight"),
+            norm_groups=norm_groups,
             num_phi=_count(weights, "quantize.quant_resi.qresi_ls.{}.weight"),
             scales=public if rows == len(public) else scales,
         )
