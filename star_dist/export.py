@@ -112,6 +112,10 @@ def write_inference_folder(
         if not torch.equal(parameter.detach(), stored[name]):
             raise RuntimeError(f"{partial}: {name} changed while it was written; the disk may be failing")
     load_export_tokenizer(partial, config)
+    readable = (partial / CONFIG_FILE).stat().st_mode  # safetensors makes files that only their owner can read
+    for path in partial.rglob("*"):
+        if path.is_file():
+            path.chmod(readable)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)

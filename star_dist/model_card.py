@@ -73,7 +73,7 @@ def model_card(values: dict[str, Any]) -> str:
                 "licence": facts["licence"] or "not stated",
             },
         ),
-        *_table("Where it is from", {"source": facts["source"], "step": values["step"], "data": facts["dataset"],
+        *_table("Where it is from", {"source": facts["source"], "step": values["step"] or "", "data": facts["dataset"],
                                      **{f"pictures, {split}": count for split, count in facts["samples"].items()}}),
         *_table("Training", facts["training"]),
         *_table("Metrics at the end", {name: f"{value:.6g}" for name, value in facts["metrics"].items()}),

@@ -12,6 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from star_dist.errors import UserError
+
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
@@ -47,6 +49,20 @@ def decode_picture(data: bytes) -> Image.Image:
         # Pillow's decoders raise all of these for damaged files.
         kind = "truncated" if "truncat" in str(error) else "damaged"
         raise UnreadablePicture(f"{kind} picture") from None
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture that a command was given.
+
+    Raises:
+        UserError: no such file, or none that can be decoded.
+    """
+    try:
+        return decode_picture(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnreadablePicture as error:
+        raise UserError(f"{path} cannot be used: {error}") from None
 
 
 def crop_and_resize(image: Image.Image, side: int) -> Image.Image:

@@ -20,6 +20,7 @@ COMMANDS = [
     ["launcher/train_tokenizer.py"],
     ["launcher/export.py"],
     ["launcher/convert.py"],
+    ["launcher/edit.py"],
     ["launcher/sample.py"],
     ["launcher/sample_grid.py"],
     ["-m", "data_prep.tokenize"],
@@ -64,6 +65,11 @@ def test_help_answers_at_once(command: list[str]) -> None:
         ),
         (["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "0"], "--gpus must be positive"),
         (["launcher/export.py", "absent", "--out", "out"], "absent is no run folder"),
+        (
+            "launcher/edit.py outpaint absent absent.png heart --out x.png --box 0,1".split(),
+            "--box takes four numbers, left,top,right,bottom; got '0,1'",
+        ),
+        ("launcher/edit.py vary absent absent.png heart --out x.png --keep-scales 1".split(), "cannot read absent.png"),
         (["launcher/convert.py", "to-public", "absent", "--out", "no/out"], "absent is no inference folder"),
         (
             [
