@@ -21,6 +21,8 @@ COMMANDS = [
     ["launcher/export.py"],
     ["launcher/convert.py"],
     ["launcher/edit.py"],
+    ["-m", "star_dist.command"],
+    ["-m", "star_dist.command", "serve"],
     ["launcher/sample.py"],
     ["launcher/sample_grid.py"],
     ["-m", "data_prep.tokenize"],
@@ -34,7 +36,7 @@ def run(*command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_answers_at_once(command: list[str]) -> None:
     """The fastest of three, because another process may hold the machine for a moment."""
     times = []
@@ -66,10 +68,16 @@ def test_help_answers_at_once(command: list[str]) -> None:
         (["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "0"], "--gpus must be positive"),
         (["launcher/export.py", "absent", "--out", "out"], "absent is no run folder"),
         (
-            "launcher/edit.py outpaint absent absent.png heart --out x.png --box 0,1".split(),
+            ["launcher/edit.py", "outpaint", "absent", "absent.png", "heart", "--out", "x.png", "--box", "0,1"],
             "--box takes four numbers, left,top,right,bottom; got '0,1'",
         ),
-        ("launcher/edit.py vary absent absent.png heart --out x.png --keep-scales 1".split(), "cannot read absent.png"),
+        (
+            ["launcher/edit.py", "vary", "absent", "absent.png", "heart", "--out", "x.png", "--keep-scales", "1"],
+            "cannot read absent.png",
+        ),
+        (["-m", "star_dist.command", "serve", "absent"], "absent is no inference folder"),
+        (["-m", "star_dist.command", "serve", "absent", "--port", "99999"], "--port must lie in 0..65535, got 99999"),
+        (["-m", "star_dist.command", "serve", "absent", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1 port 7860"),
         (["launcher/convert.py", "to-public", "absent", "--out", "no/out"], "absent is no inference folder"),
         (
             [
