@@ -3,7 +3,9 @@
 `python benchmarks/sample.py --config configs/d30.json --batches 1,8,32 --json sample.json`; weights are random,
 which takes the same time as trained ones. The naive sampler computes all tokens so far again at every scale, in the
 same run with the same guidance. The floor is the larger of two times: all weights (and the cache) read once per scale
-at the measured copy bandwidth, and the FLOPs of both halves at the measured matrix-product rate.
+at the measured copy bandwidth, and the FLOPs of both halves at the measured matrix-product rate. Every round times the
+matrix product, our sampler and the naive one after another; times and ratios are medians over rounds, so that what else
+the machine does falls on all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 from measure import chosen_device, device_name, median_seconds, print_table, wait_for, write_json
+from tqdm import tqdm
 
 from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
@@ -55,14 +58,14 @@ def main() -> None:
     torch.manual_seed(0)
     vqvae = MultiScaleVQVAE(VQVAEConfig(vocab_size=config.tokenizer.vocab_size, code_dim=config.tokenizer.code_dim))
     vqvae = vqvae.to(device).eval().requires_grad_(False)
-    matmul_flops = measured_matmul_flops(device, 4096 if device.type == "cuda" else 1024, dtype=dtype)
+    matmul_flops = measured_matmul_flops(device, matmul_side(device), dtype=dtype)
     bandwidth = measured_bandwidth(device)
     print(f"{device_name(device)}: {matmul_flops / 1e12:.3g} TFLOP/s in {dtype}, {bandwidth / 1e9:.3g} GB/s")
 
     rows, scale_rows = [], []
     for batch in map(int, arguments.batches.split(",")):
         text, empty = random_text(config.text.width, [TEXT_TOKENS] * batch, [EMPTY_TOKENS])
-        row, shares = measure(model, vqvae, schedule, text, empty, device, matmul_flops, bandwidth, arguments)
+        row, shares = measure(model, vqvae, schedule, text, empty, device, bandwidth, arguments)
         row = {"resolution": config.resolution, "batch": batch} | row
         rows.append(row)
         scale_rows += [{"batch": batch} | share for share in shares]
@@ -79,7 +82,6 @@ def measure(
     text: TextFeatures,
     empty: TextFeatures,
     device: torch.device,
-    matmul_flops: float,
     bandwidth: float,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, float | None], list[dict[str, float]]]:
@@ -90,15 +92,21 @@ def measure(
     def draw(on_scale=None):
         return sample_pictures(model, quantizer, text, empty, schedule, OPTIONS, seeds, on_scale=on_scale)
 
-    sample_s = median_seconds(draw, device, repeats, warmup=1)
-    latent_BCHH = draw().latent_BCHH
-    decode_s = naive_s = None
+    rounds = []
+    draw()
+    for _ in tqdm(range(repeats), desc=f"batch {batch}", unit="round"):
+        rate = measured_matmul_flops(device, matmul_side(device), dtype=model.word_embed.weight.dtype)
+        ours_s = median_seconds(draw, device, 1, warmup=0)
+        naive_s = float("nan")
+        if not arguments.no_naive:
+            naive_s = median_seconds(lambda: naive_tokens(model, quantizer, text, empty, schedule), device, 1, warmup=0)
+        rounds.append((rate, ours_s, naive_s))
+    drawn = draw()
+    if not arguments.no_naive and dtype_is_exact(model):
+        assert torch.equal(drawn.tokens_BL, naive_tokens(model, quantizer, text, empty, schedule))
+    decode_s = None
     if not arguments.no_decode:
-        decode_s = median_seconds(lambda: vqvae.decode_quantized(latent_BCHH), device, repeats, warmup=1)
-    if not arguments.no_naive:
-        naive_s = median_seconds(
-            lambda: naive_tokens(model, quantizer, text, empty, schedule), device, max(1, repeats // 2), warmup=0
-        )
+        decode_s = median_seconds(lambda: vqvae.decode_quantized(drawn.latent_BCHH), device, repeats, warmup=1)
     flops = batch * sum(
         sum(forward_flops(model.config, schedule, length).values()) for length in (TEXT_TOKENS, EMPTY_TOKENS)
     )
@@ -108,20 +116,31 @@ def measure(
         2 * 2 * batch * model.config.depth * model.config.width * weight.element_size()
     )  # keys, values; both halves
     read_bytes = len(schedule) * weight_bytes + cached * sum(schedule.ends)
-    floor_s = max(read_bytes / bandwidth, flops / matmul_flops)
-    total_s = sample_s + (decode_s or 0)
+    rates, ours, naive = (torch.tensor(column, dtype=torch.float64) for column in zip(*rounds))
+    flops_s, read_s = flops / rates, read_bytes / bandwidth
+    sample_s = ours.median().item()
     row = {
         "sample_s": sample_s,
         "decode_s": decode_s,
-        "pictures_per_s": batch / total_s,
-        "naive_s": naive_s,
-        "naive_over_ours": naive_s and naive_s / sample_s,
-        "flops_s": flops / matmul_flops,
-        "read_s": read_bytes / bandwidth,
-        "ours_over_flops": sample_s / (flops / matmul_flops),
-        "ours_over_floor": sample_s / floor_s,
+        "pictures_per_s": batch / (sample_s + (decode_s or 0)),
+        "naive_s": None if arguments.no_naive else naive.median().item(),
+        "naive_over_ours": None if arguments.no_naive else (naive / ours).median().item(),
+        "flops_s": flops_s.median().item(),
+        "read_s": read_s,
+        "ours_over_flops": (ours / flops_s).median().item(),
+        "ours_over_floor": (ours / flops_s.clamp(min=read_s)).median().item(),
     }
     return row, scale_shares(draw, schedule, device)
+
+
+def matmul_side(device: torch.device) -> int:
+    """Of the measured matrix product: large enough for the device's full rate."""
+    return 4096 if device.type == "cuda" else 1024
+
+
+def dtype_is_exact(model: STAR) -> bool:
+    """Whether both samplers must agree on every token; in bf16 ties break differently."""
+    return model.word_embed.weight.dtype == torch.float32
 
 
 def scale_shares(draw, schedule: ScaleSchedule, device: torch.device) -> list[dict[str, float]]:

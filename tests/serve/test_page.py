@@ -94,7 +94,7 @@ def test_drawing_downloading_and_history(page, tmp_path: Path) -> None:
     page.locator(".strip button").first.click()  # the picture after the first scale
     page.wait_for_function("document.querySelector('figure > img').src.includes('/scales/0/')")
 
-    draw(page, "<b>blue</b> flag", count="1", seed="1")
+    draw(page, "<b>blue</b> flag", count="1", seed="1", top_k="7")
     finished(page, 1)
     assert page.locator("#title").text_content() == "<b>blue</b> flag"  # shown, not interpreted
     page.reload()
@@ -104,6 +104,7 @@ def test_drawing_downloading_and_history(page, tmp_path: Path) -> None:
     entries.nth(1).click()
     finished(page, 2)
     assert page.locator("#title").text_content() == "red heart" and page.input_value("#seed") == "5"
+    assert page.input_value("#top_k") == "3"
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     page.click("#forget")
     assert page.locator("#history").is_hidden()
