@@ -2,7 +2,7 @@
 
     GET    /                                 the page
     GET    /api/model                        what the model draws, and the limits
-    POST   /api/jobs                         limits.DrawRequest -> 202 and the job; 422 what is wrong; 503 queue full
+    POST   /api/jobs                         requests.DrawRequest -> 202 and the job; 422 what is wrong; 503 queue full
     GET    /api/jobs/ID                      the job's state
     GET    /api/jobs/ID/events               its states as server-sent events, until it is finished
     GET    /api/jobs/ID/scales/K/I.png       picture I after scale K
@@ -31,7 +31,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from star_dist.errors import UserError
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.serve.jobs import FINISHED, Job, QueueFull, Worker
-from star_dist.serve.limits import DrawRequest, Limits, check_request
+from star_dist.serve.limits import Limits
+from star_dist.serve.requests import DrawRequest, check_request
 
 PAGE = Path(__file__).with_name("page.html")
 EVENT_INTERVAL_S = 0.05

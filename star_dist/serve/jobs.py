@@ -16,7 +16,8 @@ from PIL import Image
 from star_dist.errors import UserError
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.inference.sampler import SampledScale
-from star_dist.serve.limits import Drawing, Limits
+from star_dist.serve.limits import Limits
+from star_dist.serve.requests import Drawing
 
 logger = logging.getLogger(__name__)
 
