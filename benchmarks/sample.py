@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
+from star_dist.errors import UserError
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.sampler import SampledScale, sample_pictures
 from star_dist.model.flops import forward_flops
@@ -31,7 +34,6 @@ from star_dist.text import TextFeatures
 from star_dist.tokenizer.config import VQVAEConfig
 from star_dist.tokenizer.quantizer import MultiScaleQuantizer
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
-from star_dist.train.metrics import measured_matmul_flops
 
 TEXT_TOKENS, EMPTY_TOKENS = 20, 2  # a caption of a dozen words, and the empty one's first and last token
 COPIED_BYTES = 2**28
@@ -46,10 +48,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed drawings, of which the median counts (default 5)")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive sampler out")
     parser.add_argument("--no-decode", action="store_true", help="leave the VQ-VAE decoder out")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count this process's CPU time: on a CPU shared with others, one thread"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="results for scripts")
     arguments = parser.parse_args()
 
     device = chosen_device()
+    if arguments.cpu_time and (device.type != "cpu" or torch.get_num_threads() != 1):
+        raise UserError(f"--cpu-time is for one CPU thread, this is {device_name(device)}; set OMP_NUM_THREADS=1")
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[arguments.dtype]
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = load_config(RunConfig, arguments.config)
@@ -58,14 +66,14 @@ def main() -> None:
     torch.manual_seed(0)
     vqvae = MultiScaleVQVAE(VQVAEConfig(vocab_size=config.tokenizer.vocab_size, code_dim=config.tokenizer.code_dim))
     vqvae = vqvae.to(device).eval().requires_grad_(False)
-    matmul_flops = measured_matmul_flops(device, matmul_side(device), dtype=dtype)
-    bandwidth = measured_bandwidth(device)
+    matmul_flops = measured_matmul_flops(device, dtype, clock)
+    bandwidth = measured_bandwidth(device, clock)
     print(f"{device_name(device)}: {matmul_flops / 1e12:.3g} TFLOP/s in {dtype}, {bandwidth / 1e9:.3g} GB/s")
 
     rows, scale_rows = [], []
     for batch in map(int, arguments.batches.split(",")):
         text, empty = random_text(config.text.width, [TEXT_TOKENS] * batch, [EMPTY_TOKENS])
-        row, shares = measure(model, vqvae, schedule, text, empty, device, bandwidth, arguments)
+        row, shares = measure(model, vqvae, schedule, text, empty, device, bandwidth, arguments, clock)
         row = {"resolution": config.resolution, "batch": batch} | row
         rows.append(row)
         scale_rows += [{"batch": batch} | share for share in shares]
@@ -84,6 +92,7 @@ def measure(
     device: torch.device,
     bandwidth: float,
     arguments: argparse.Namespace,
+    clock: Callable[[], float],
 ) -> tuple[dict[str, float | None], list[dict[str, float]]]:
     """One row of the table, and the rows of its scales."""
     batch, repeats = len(text.lengths), arguments.repeats
@@ -95,18 +104,21 @@ def measure(
     rounds = []
     draw()
     for _ in tqdm(range(repeats), desc=f"batch {batch}", unit="round"):
-        rate = measured_matmul_flops(device, matmul_side(device), dtype=model.word_embed.weight.dtype)
-        ours_s = median_seconds(draw, device, 1, warmup=0)
+        rate = measured_matmul_flops(device, model.word_embed.weight.dtype, clock)
+        ours_s = median_seconds(draw, device, 1, warmup=0, clock=clock)
         naive_s = float("nan")
         if not arguments.no_naive:
-            naive_s = median_seconds(lambda: naive_tokens(model, quantizer, text, empty, schedule), device, 1, warmup=0)
+            naive = partial(naive_tokens, model, quantizer, text, empty, schedule)
+            naive_s = median_seconds(naive, device, 1, warmup=0, clock=clock)
         rounds.append((rate, ours_s, naive_s))
     drawn = draw()
     if not arguments.no_naive and dtype_is_exact(model):
         assert torch.equal(drawn.tokens_BL, naive_tokens(model, quantizer, text, empty, schedule))
     decode_s = None
     if not arguments.no_decode:
-        decode_s = median_seconds(lambda: vqvae.decode_quantized(drawn.latent_BCHH), device, repeats, warmup=1)
+        decode_s = median_seconds(
+            lambda: vqvae.decode_quantized(drawn.latent_BCHH), device, repeats, warmup=1, clock=clock
+        )
     flops = batch * sum(
         sum(forward_flops(model.config, schedule, length).values()) for length in (TEXT_TOKENS, EMPTY_TOKENS)
     )
@@ -130,12 +142,14 @@ def measure(
         "ours_over_flops": (ours / flops_s).median().item(),
         "ours_over_floor": (ours / flops_s.clamp(min=read_s)).median().item(),
     }
-    return row, scale_shares(draw, schedule, device)
+    return row, scale_shares(draw, schedule, device, clock)
 
 
-def matmul_side(device: torch.device) -> int:
-    """Of the measured matrix product: large enough for the device's full rate."""
-    return 4096 if device.type == "cuda" else 1024
+def measured_matmul_flops(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    """FLOP/s of a matrix product that is large enough for the device's full rate."""
+    side = 4096 if device.type == "cuda" else 1024
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / median_seconds(lambda: matrix @ matrix, device, 5, clock=clock)
 
 
 def dtype_is_exact(model: STAR) -> bool:
@@ -143,16 +157,18 @@ def dtype_is_exact(model: STAR) -> bool:
     return model.word_embed.weight.dtype == torch.float32
 
 
-def scale_shares(draw, schedule: ScaleSchedule, device: torch.device) -> list[dict[str, float]]:
+def scale_shares(
+    draw, schedule: ScaleSchedule, device: torch.device, clock: Callable[[], float]
+) -> list[dict[str, float]]:
     """Seconds of every scale in one drawing, each waited for."""
     times = []
 
     def note(drawn: SampledScale) -> None:
         wait_for(device)
-        times.append(time.perf_counter())
+        times.append(clock())
 
     wait_for(device)
-    start = time.perf_counter()
+    start = clock()
     draw(note)
     durations = [after - before for before, after in zip([start, *times], times)]
     return [
@@ -201,11 +217,11 @@ def random_text(width: int, lengths: list[int], empty_lengths: list[int]) -> tup
     return TextFeatures.pack([features(n) for n in lengths]), TextFeatures.pack([features(n) for n in empty_lengths])
 
 
-def measured_bandwidth(device: torch.device) -> float:
+def measured_bandwidth(device: torch.device, clock: Callable[[], float]) -> float:
     """Bytes per second that a copy reads and writes."""
     source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * COPIED_BYTES / median_seconds(lambda: target.copy_(source), device, 5)
+    return 2 * COPIED_BYTES / median_seconds(lambda: target.copy_(source), device, 5, clock=clock)
 
 
 if __name__ == "__main__":
