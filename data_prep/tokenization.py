@@ -1,204 +1,281 @@
-"""The tokenization job: source -> decode -> crop -> VQ-VAE -> MDS shards."""
+"""The tokenization job: source -> decode -> crop -> VQ-VAE -> chunks -> MDS shards of one partition -> output."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
+import tempfile
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
-from streaming import MDSWriter
-from torch import Tensor
 from tqdm import tqdm
 
-from data_prep.sources import SourceItem, open_source
-from star_dist.config import PrepConfig, dump_config
-from star_dist.data.pictures import UnreadablePicture, crop_and_resize, decode_picture, normalize, to_tensor
-from star_dist.data.schema import (
-    EMPTY_CAPTION_FILE,
-    METADATA_FILE,
-    SHARD_HASH,
-    DatasetMetadata,
-    columns,
-    content_hash,
-    encode_sample,
-    read_metadata,
-    token_dtype,
-    write_metadata,
+from data_prep.assembly import assemble, upload
+from data_prep.job import (
+    JobDescription,
+    check_same_job,
+    describe_job,
+    identity,
+    is_merged,
+    join_job,
+    manifest_name,
+    output_store,
+    read_job,
+    read_manifest,
+    work_folder,
 )
+from data_prep.journal import Chunk, Journal
+from data_prep.merging import merge
+from data_prep.partition import Partition, exclusive
+from data_prep.preparation import Prepared, prepare_all
+from data_prep.sources import SourceBase, SourceItem, open_source
+from data_prep.summary import Summary
+from star_dist.config import PrepConfig, ResolutionSection
+from star_dist.data.pictures import normalize
+from star_dist.data.schema import DatasetMetadata, columns, encode_captions, encode_tokens
 from star_dist.errors import UserError
-from star_dist.files import read_json_object
-from star_dist.run_folder import differences
+from star_dist.object_store import ObjectStore
 from star_dist.text import TextEncoder
 from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
-
-REJECTS_FILE = "rejects.jsonl"
-JOB_FILE = "job.json"
-HASH_RANGE = 2**32
+from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 
 
-class Rejected(ValueError):
-    """A captioned picture that the data set leaves out; the message is the reason that it is counted under."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A picture ready for the tokenizer: (3, side, side) uint8, or the reason why there is none."""
-
-    item: SourceItem
-    picture: Tensor | None
-    reason: str | None = None
-
-
-def tokenize(config: PrepConfig, device_name: str | None = None) -> DatasetMetadata:
-    """Runs the job and returns what it wrote; shows progress, and prints a summary at the end.
+def tokenize(
+    config: PrepConfig, device_name: str | None = None, workers: int | None = None
+) -> dict[int, DatasetMetadata]:
+    """Runs a whole job in this process: its one partition, then the merge. Returns what it wrote, by resolution.
 
     Raises:
         UserError: a source, tokenizer or output that cannot be used, or no usable picture at all.
     """
-    output = Path(config.output)
+    tokenize_partition(config, Partition(), device_name, workers)
+    return merge(config.output, config.storage)
+
+
+def tokenize_partition(
+    config: PrepConfig, partition: Partition, device_name: str | None = None, workers: int | None = None
+) -> Summary | None:
+    """Tokenizes one partition and prints a summary; None where the partition was complete already.
+
+    Goes on after the last complete chunk of a job that was killed. `workers` threads decode pictures (default: one
+    per CPU); their number leaves the result as it is.
+
+    Raises:
+        UserError: a source, tokenizer or output that cannot be used, or another worker is at the same partition.
+    """
+    store = output_store(config)
+    work = work_folder(config.output, config.work)
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = load_tokenizer(Path(config.tokenizer)).to(device)
-    job = json.loads(dump_config(config)) | {"tokenizer_hash": tokenizer_hash(tokenizer)}
-    if (output / METADATA_FILE).is_file():
-        return _reuse(output, job)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output {output} exists and is no data set; choose another output")
-    downsampling = tokenizer.config.downsampling
-    if config.schedule.resolution(downsampling) != config.resolution:
-        raise UserError(
-            f"resolution {config.resolution} is not the last of scales ({config.schedule.latent_side}) x the "
-            f"tokenizer's downsampling ({downsampling}); change one of them"
-        )
-    source = open_source(config.source)
-    text_encoder = TextEncoder(config.text_features, device) if config.text_features else None
+    tokenizer = load_tokenizer(Path(config.tokenizer))
+    _check_resolutions(config, tokenizer.config.downsampling)
+    hash_of_tokenizer = tokenizer_hash(tokenizer)
+    stored = read_job(store)
+    if stored is not None:
+        before = stored.config | {"tokenizer_hash": stored.dataset.tokenizer_hash, "partitions": stored.partitions}
+        now = identity(config) | {"tokenizer_hash": hash_of_tokenizer, "partitions": partition.count}
+        check_same_job(store, before, now)
+        if is_merged(store, config):  # needs neither source nor device
+            print(f"{config.output} is complete, nothing to do")
+            return None
+    source = open_source(config.source, config.storage, tuple(config.min_scores))
+    units = partition.of(source.units)
+    job = describe_job(config, source, tokenizer.config, hash_of_tokenizer, partition.count)
+    join_job(store, job)
+    with exclusive(work / partition.name, f"partition {partition}"):
+        if read_manifest(store, manifest_name(partition)) is not None:
+            shutil.rmtree(work / partition.name, ignore_errors=True)
+            print(f"partition {partition} of {config.output} is complete, nothing to do")
+            return None
+        worker = _Worker(config, partition, job, source, tokenizer.to(device), workers or os.cpu_count() or 1)
+        summary = worker.run(store, work / partition.name, units)
+    if config.work is None:
+        with suppress(OSError):  # other partitions are still at work
+            work.rmdir()
+    print(summary)
+    return summary
 
-    # Everything is written beside the final place and moved there when it is complete.
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    dtype = token_dtype(tokenizer.config.vocab_size)
-    splits = ("train", "val") if config.validation_fraction else ("train",)
-    writers = {
-        split: MDSWriter(
-            out=str(partial / split),
-            columns=columns(text_encoder is not None),
-            hashes=[SHARD_HASH],
-            size_limit=config.shard_size_bytes,
+
+class _Worker:
+    """One partition's way from the source to the output."""
+
+    def __init__(
+        self,
+        config: PrepConfig,
+        partition: Partition,
+        job: JobDescription,
+        source: SourceBase,
+        tokenizer: MultiScaleVQVAE,
+        workers: int,
+    ) -> None:
+        self.config, self.partition, self.job, self.source = config, partition, job, source
+        self.tokenizer, self.workers = tokenizer, workers
+        self.device = next(tokenizer.parameters()).device
+        self.dtype = np.dtype(job.dataset.token_dtype)
+        self.text_encoder = TextEncoder(config.text_features, self.device) if config.text_features else None
+        self.seconds: Counter[str] = Counter()
+
+    def run(self, store: ObjectStore, work: Path, units: list[str]) -> Summary:
+        """Tokenizes what is missing, then assembles and uploads the partition, its manifest last."""
+        started = time.perf_counter()
+        names = [f"tokens_{section.resolution}" for section in self.config.all_resolutions]
+        plain = columns(self.source.caption_names, self.text_encoder is not None)
+        del plain["tokens"]
+        journal = Journal(work, self.job.hash, plain | dict.fromkeys(names, "bytes"))
+        resumed_at = journal.position.items
+        self._fill(journal, units)
+        with tempfile.TemporaryDirectory(dir=work, prefix="assembled-") as folder:
+            with self._timed("assemble"):
+                empty_caption = self.text_encoder([""])[0] if self.text_encoder else None
+                partition = assemble(journal, Path(folder), self.config, self.partition, self.job, empty_caption)
+            with self._timed("upload"):
+                upload(partition, store, manifest_name(self.partition))
+        shutil.rmtree(work)
+        return Summary.of(
+            partition.manifest,
+            items_now=journal.position.items - resumed_at,
+            seconds=time.perf_counter() - started,
+            stages=dict(self.seconds),
+            place=f"partition {self.partition} of {store.url}",
         )
-        for split in splits
-    }
-    kept, rejected = Counter(), Counter()
-    started = time.perf_counter()
-    with (partial / REJECTS_FILE).open("w") as rejects, tqdm(total=len(source), unit="picture", desc="tokenize") as bar:
-        for group in _batches(_prepare_all(source, config), config.batch):
-            for prepared in group:
-                if prepared.reason is not None:
-                    rejected[prepared.reason] += 1
-                    rejects.write(json.dumps({"key": prepared.item.key, "reason": prepared.reason}) + "\n")
-            good = [prepared for prepared in group if prepared.picture is not None]
-            bar.update(len(group))
-            if not good:
+
+    def _fill(self, journal: Journal, units: list[str]) -> None:
+        """Appends chunks until the partition's end."""
+        position = journal.position
+        if position.last:
+            return
+        with tqdm(
+            initial=position.items,
+            unit="picture",
+            desc=f"tokenize {self.partition}",
+            smoothing=0.05,
+            dynamic_ncols=True,
+        ) as bar:
+            stream = _Stream(self.source, units, position, bar)
+            prepared = prepare_all(iter(stream), self.config, self.source.caption_names, self.workers)
+            while not journal.position.last:
+                group = islice(prepared, self.config.chunk)
+                samples, rejects, too_small = self._tokenize_chunk(group, bar)
+                items = journal.position.items + len(samples) + len(rejects)
+                unit, offset = stream.place_of(items)
+                chunk = Chunk(
+                    items=items,
+                    unit=unit,
+                    offset=offset,
+                    last=len(samples) + len(rejects) < self.config.chunk,
+                    rejected=dict(sorted(Counter(reject["reason"] for reject in rejects).items())),
+                    too_small=dict(sorted(too_small.items())),
+                )
+                with self._timed("journal"):
+                    journal.append(chunk, samples, rejects)
+
+    def _tokenize_chunk(
+        self, group: Iterator[Prepared], bar: tqdm
+    ) -> tuple[list[dict[str, Any]], list[dict[str, str]], Counter[str]]:
+        """Samples and rejects of a chunk in the source's order.
+
+        Batches are filled with usable pictures and never cross a chunk, so that what shares a batch (which the last
+        bits of a float can depend on) is the same however often the job was killed.
+        """
+        samples: list[dict[str, Any]] = []
+        rejects: list[dict[str, str]] = []
+        too_small: Counter[str] = Counter()
+        pending: dict[int, list[tuple[dict[str, Any], torch.Tensor]]] = {
+            section.resolution: [] for section in self.config.all_resolutions
+        }
+        while True:
+            with self._timed("wait for pictures"):
+                prepared = next(group, None)
+            if prepared is None:
+                break
+            bar.update()
+            self.seconds["read (all threads)"] += prepared.read_s
+            self.seconds["decode and resize (all threads)"] += prepared.decode_s
+            if prepared.reason is not None:
+                rejects.append({"key": prepared.key, "reason": prepared.reason})
                 continue
-            pictures = normalize(torch.stack([prepared.picture for prepared in good]).to(device))
-            tokens_BL = tokenizer.encode(pictures, config.schedule).cpu().numpy()
-            features = text_encoder([prepared.item.caption for prepared in good]) if text_encoder else None
-            for i, (prepared, tokens_L) in enumerate(zip(good, tokens_BL)):
-                stored = None if features is None else tuple(part.float().cpu().numpy() for part in features[i])
-                split = split_of(prepared.item.key, config.validation_fraction)
-                writers[split].write(encode_sample(prepared.item.key, prepared.item.caption, tokens_L, dtype, stored))
-                kept[split] += 1
-    for writer in writers.values():
-        writer.finish()
-    if not kept["train"]:
-        raise UserError(f"the source gave no usable picture for training; rejected: {dict(rejected) or 'none'}")
-    if text_encoder is not None:
-        hidden, pooled = text_encoder([""])[0]
-        empty = {"text_hidden": hidden.contiguous().cpu(), "text_pooled": pooled.contiguous().cpu()}
-        save_file(empty, partial / EMPTY_CAPTION_FILE)
-    metadata = DatasetMetadata(
-        tokenizer_hash=job["tokenizer_hash"],
-        vocab_size=tokenizer.config.vocab_size,
-        code_dim=tokenizer.config.code_dim,
-        downsampling=downsampling,
-        resolution=config.resolution,
-        scales=config.scales,
-        token_dtype=dtype.str,
-        text_features=config.text_features,
-        splits={split: kept[split] for split in splits},
-        content_hash=content_hash(partial, splits),
-        rejected=dict(rejected),
-        attribution=config.attribution,
-    )
-    (partial / JOB_FILE).write_text(json.dumps(job, indent=2) + "\n")
-    write_metadata(partial, metadata)
-    os.replace(partial, output)  # takes the place of an empty folder too
-    rate = sum(kept.values()) / (time.perf_counter() - started)
-    print(f"{output}: kept {dict(kept)}, rejected {dict(rejected) or 'none'}, {rate:.0f} pictures/s")
-    return metadata
+            sample: dict[str, Any] = {"key": prepared.key, "captions": prepared.captions}
+            sample |= {f"tokens_{resolution}": b"" for resolution in prepared.too_small}
+            samples.append(sample)
+            too_small.update(map(str, prepared.too_small))
+            for section in self.config.all_resolutions:
+                if section.resolution in prepared.pictures:
+                    waiting = pending[section.resolution]
+                    waiting.append((sample, prepared.pictures[section.resolution]))
+                    if len(waiting) == (section.batch or self.config.batch):
+                        self._tokenize_batch(waiting, section)
+        for section in self.config.all_resolutions:
+            if pending[section.resolution]:
+                self._tokenize_batch(pending[section.resolution], section)
+        with self._timed("text features"):
+            for start in range(0, len(samples), self.config.batch):
+                self._add_captions(samples[start : start + self.config.batch])
+        return samples, rejects, too_small
+
+    def _tokenize_batch(self, waiting: list[tuple[dict[str, Any], torch.Tensor]], section: ResolutionSection) -> None:
+        """Puts the tokens of waiting pictures into their samples, and empties the list."""
+        with self._timed("tokenize"):
+            pictures = torch.stack([picture for _, picture in waiting]).to(self.device)
+            tokens_BL = self.tokenizer.encode(normalize(pictures), section.schedule).cpu().numpy()
+            for (sample, _), tokens_L in zip(waiting, tokens_BL):
+                sample[f"tokens_{section.resolution}"] = encode_tokens(tokens_L, self.dtype)
+            waiting.clear()
+
+    def _add_captions(self, samples: list[dict[str, Any]]) -> None:
+        """Turns the captions of samples into columns, with their features where they are stored."""
+        texts = [caption for sample in samples for caption in sample["captions"].values() if caption]
+        encoded = iter(())
+        if self.text_encoder is not None:
+            features = self.text_encoder(texts)
+            encoded = (tuple(part.float().cpu().numpy() for part in features[i]) for i in range(len(texts)))
+        for sample in samples:
+            captions = sample.pop("captions")
+            stored = None
+            if self.text_encoder is not None:
+                stored = {name: next(encoded) for name, caption in captions.items() if caption}
+            sample |= encode_captions(sample["key"], captions, stored)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - started
 
 
-def split_of(key: str, validation_fraction: float) -> str:
-    """The split a picture belongs to, from a hash of its key alone."""
-    digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
-    return "val" if int.from_bytes(digest, "little") < validation_fraction * HASH_RANGE else "train"
+class _Stream:
+    """Items of a partition from a position on; keeps where each unit ended, and estimates how many items will come."""
+
+    def __init__(self, source: SourceBase, units: list[str], start: Chunk, bar: tqdm) -> None:
+        self.source, self.units, self.start, self.bar = source, units, start, bar
+        self.first_items = [start.items - start.offset]  # of the starting unit and each one after it
+
+    def __iter__(self) -> Iterator[SourceItem]:
+        offset = self.start.offset
+        for number in range(self.start.unit, len(self.units)):
+            unit = self.source.open(self.units[number])
+            end = self.first_items[-1] + len(unit)
+            self.first_items.append(end)
+            self.bar.total = round(end * len(self.units) / (number + 1))
+            yield from islice(unit, offset, None)
+            offset = 0
+
+    def place_of(self, items: int) -> tuple[int, int]:
+        """Unit and offset of the item after the first `items` ones."""
+        unit = min(bisect_right(self.first_items, items), len(self.first_items)) - 1
+        return self.start.unit + unit, items - self.first_items[unit]
 
 
-def prepare(item: SourceItem, config: PrepConfig) -> Prepared:
-    """Reads, checks, crops and resizes one picture; never raises for what is wrong with the picture."""
-    try:
-        return Prepared(item, _picture(item, config))
-    except (UnreadablePicture, Rejected) as error:
-        return Prepared(item, None, str(error))
-
-
-def _picture(item: SourceItem, config: PrepConfig) -> Tensor:
-    if not item.caption.strip():
-        raise Rejected("empty caption")
-    if len(item.caption) > config.max_caption_chars:
-        raise Rejected("caption too long")
-    try:
-        data = item.read()
-    except OSError as error:
-        raise Rejected(f"unreadable file: {error.strerror}") from None
-    image = decode_picture(data)
-    if min(image.size) < config.min_side:
-        raise Rejected("too small")
-    return to_tensor(crop_and_resize(image, config.resolution))
-
-
-def _prepare_all(source, config: PrepConfig) -> Iterator[Prepared]:
-    """Prepares pictures on threads a few batches ahead, in the source's order."""
-    with ThreadPoolExecutor() as pool:
-        items = iter(source)
-        ahead = [pool.submit(prepare, item, config) for item in islice(items, 4 * config.batch)]
-        while ahead:
-            finished, ahead = ahead[: config.batch], ahead[config.batch :]
-            yield from (future.result() for future in finished)
-            ahead += [pool.submit(prepare, item, config) for item in islice(items, len(finished))]
-
-
-def _batches(prepared: Iterator[Prepared], size: int) -> Iterator[list[Prepared]]:
-    while group := list(islice(prepared, size)):
-        yield group
-
-
-def _reuse(output: Path, job: dict) -> DatasetMetadata:
-    stored = read_json_object(output / JOB_FILE, f"{output} holds a data set but no {JOB_FILE}; change output")
-    for key, before, now in differences(stored, job):
-        raise UserError(
-            f"{output} holds a data set made with {key} = {json.dumps(before)}, this job has {json.dumps(now)}; "
-            f"change output, or remove the folder"
-        )
-    metadata = read_metadata(output)
-    print(f"{output} is complete, nothing to do: {dict(metadata.splits)}")
-    return metadata
+def _check_resolutions(config: PrepConfig, downsampling: int) -> None:
+    for section in config.all_resolutions:
+        if section.schedule.resolution(downsampling) != section.resolution:
+            raise UserError(
+                f"resolution {section.resolution} is not the last of scales ({section.schedule.latent_side}) x the "
+                f"tokenizer's downsampling ({downsampling}); change one of them"
+            )

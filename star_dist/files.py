@@ -1,11 +1,12 @@
-"""Small text and JSON files: read with errors that say what is wrong, replaced as a whole. Imports no torch."""
+"""Small files: read with errors that say what is wrong, replaced as a whole, locked. Imports no torch."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from star_dist.errors import UserError
 
@@ -32,3 +33,21 @@ def write_text_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    """Opens and locks a file, or returns None if another process holds it; kept until it is closed or this ends.
+
+    Raises:
+        OSError: it cannot be opened, or its file system knows no locks.
+    """
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not kept by forked loader workers
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError:
+        file.close()
+        raise
+    return file

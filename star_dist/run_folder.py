@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 from collections.abc import Iterator
@@ -10,29 +9,32 @@ from pathlib import Path
 from typing import IO, Any
 
 from star_dist.errors import UserError
-from star_dist.files import write_text_atomically
+from star_dist.files import try_lock, write_text_atomically
 
 LOCK_FILE = "lock"
 METRICS_FILE = "metrics.jsonl"
 
 
-def claim_run_folder(run_dir: Path) -> IO[str]:
+def claim_run_folder(run_dir: Path) -> IO[str] | None:
     """Takes the run folder for this process; the kernel gives it back however the process ends.
+
+    None where the file system knows no locks, after a warning.
 
     Raises:
         UserError: another training holds it, or it cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / LOCK_FILE).open("a")
+        (run_dir / LOCK_FILE).open("a").close()
     except OSError as error:
         raise UserError(f"cannot write to run_dir {run_dir}: {error.strerror}") from None
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not kept by forked loader workers
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"another training is running in {run_dir}; wait for it, or change run_dir") from None
+        lock = try_lock(run_dir / LOCK_FILE)
     except OSError as error:
         print(f"warning: {run_dir} cannot be locked ({error.strerror}): start one training at a time", file=sys.stderr)
+        return None
+    if lock is None:
+        raise UserError(f"another training is running in {run_dir}; wait for it, or change run_dir")
     return lock
 
 
@@ -62,5 +64,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[s
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            value = {str(position): entry for position, entry in enumerate(value)}
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return flat

@@ -21,6 +21,8 @@ from star_dist.config import RunConfig, parse_config
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["tests.s3", "tests.fault_proxy"]
+
 SCALES = (1, 2, 3, 4)
 RESOLUTION = 16
 CAPTIONS = ("red heart", "green face", "blue flag")

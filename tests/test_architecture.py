@@ -20,8 +20,11 @@ TORCH_FREE = [
     "star_dist.config",
     "star_dist.scales",
     "star_dist.cli",
+    "star_dist.object_store",
     "star_dist.process",
     "star_dist.train.checkpoint",
+    "star_dist.train.dry_run",
+    "star_dist.train.planning",
 ]
 
 

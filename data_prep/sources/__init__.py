@@ -1,47 +1,141 @@
-"""Sources of captioned pictures, one module per kind; `open_source` picks one by its description in a config."""
+"""Sources of captioned pictures: one module per kind, which `{"kind": NAME, …}` in a config names.
+
+A source is a sorted list of units (pictures of a folder, tars, Parquet files), which partitions of a job share out,
+and gives the items of one unit at a time. A new kind is one new module here with a class `Source(SourceBase)`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+import contextlib
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol
 
+from pydantic import Field
+
+from star_dist.config import Section, StorageSection, parse_config
 from star_dist.errors import UserError
+from star_dist.object_store import ObjectStore, open_store
+
+CaptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class SourceOptions(Section):
+    """What every kind takes.
+
+    path: a folder or `s3://bucket/prefix`. captions: names of captions and where the source has them (a column or
+    field); every picture must have the first. recaptions: names of captions that `data_prep.caption` made, and the
+    folder or `s3://…` where it wrote them.
+    """
+
+    path: str
+    captions: Annotated[dict[CaptionName, str], Field(min_length=1)] = {"original": "caption"}
+    recaptions: dict[CaptionName, str] = {}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a source says of a picture. captions: by name; absent ones are left out. scores: of the asked-for columns.
+
+    problem: why the item cannot be used, where the source has found that already; counted as a reason of rejection.
+    """
+
+    captions: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
 class SourceItem:
-    """One captioned picture that is not read yet.
+    """One captioned picture that is not read yet; both functions may be called on any thread.
 
-    key: unique in its source and the same in every run. read: the file's bytes; raises OSError where they are missing.
+    key: unique in its source and the same in every run. describe: its captions and scores. read: the file's bytes;
+    raises OSError where they are missing.
     """
 
     key: str
-    caption: str
+    describe: Callable[[], Description]
     read: Callable[[], bytes]
 
 
-class Source(Protocol):
-    """Captioned pictures in an order that is the same in every run."""
+class Unit(Protocol):
+    """The items of one unit, in an order that is the same in every run."""
 
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[SourceItem]: ...
 
 
-def open_source(description: Mapping[str, Any]) -> Source:
-    """The source that `{"kind": …, …}` describes; the other keys are the arguments of that kind.
+class SourceBase:
+    """What all kinds share. A kind is a subclass `Source` with its own `Options`, `units` and `open`.
+
+    units: names of the units, sorted. score_names: score columns that the job filters by.
+    """
+
+    Options: type[SourceOptions] = SourceOptions
+    units: Sequence[str]
+
+    def __init__(self, options: SourceOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
+        self.options = options
+        self.score_names = tuple(score_names)
+        self._open_store = lambda url: open_store(url, endpoint=storage.endpoint, region=storage.region)
+        self.store: ObjectStore = self._open_store(options.path)
+        if twice := options.captions.keys() & options.recaptions.keys():
+            raise UserError(f"source.captions and source.recaptions both have {sorted(twice)}; give each name once")
+
+    @property
+    def caption_names(self) -> tuple[str, ...]:
+        """All named captions, the one that every picture must have first."""
+        return (*self.options.captions, *self.options.recaptions)
+
+    def open(self, unit: str) -> Unit:
+        """The items of a unit; what they read from stays open as long as one of them is held.
+
+        Raises:
+            UserError: a unit that cannot be read at all.
+        """
+        raise NotImplementedError
+
+    def caption_file(self, unit: str, partition_name: str) -> str:
+        """The file that `data_prep.caption` writes new captions of a unit to; consecutive units may share one."""
+        return f"{unit}.jsonl"
+
+    def description(self, fields: Mapping[str, Any], recaptions: Mapping[str, str]) -> Description:
+        """The configured captions and scores out of an item's fields, and its new captions by name.
+
+        A caption that is no text and a score that is no number count as absent.
+        """
+        found = {name: fields.get(column) for name, column in self.options.captions.items()} | dict(recaptions)
+        captions = {name: caption.strip() for name, caption in found.items() if isinstance(caption, str)}
+        scores = {}
+        for name in self.score_names:
+            with contextlib.suppress(TypeError, ValueError):
+                scores[name] = float(fields[name]) if name in fields else math.nan
+        return Description(captions, {name: score for name, score in scores.items() if not math.isnan(score)})
+
+    def recaption_stores(self) -> dict[str, ObjectStore]:
+        """Where each re-captioning's files are, by the name of the caption."""
+        return {name: self._open_store(url) for name, url in self.options.recaptions.items()}
+
+
+def open_source(
+    description: Mapping[str, Any],
+    storage: StorageSection | None = None,
+    score_names: Sequence[str] = (),
+) -> SourceBase:
+    """The source that `{"kind": …, …}` describes; the other keys are options of that kind.
 
     Raises:
-        UserError: an unknown kind, or arguments that the kind does not take.
+        UserError: an unknown kind, options that the kind does not take, or nothing to read at its path.
     """
-    from data_prep.sources.folder import FolderSource
-
-    kinds = {"folder": FolderSource}
-    arguments = dict(description)
-    kind = arguments.pop("kind", None)
+    kinds = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    values = dict(description)
+    kind = values.pop("kind", None)
     if kind not in kinds:
-        raise UserError(f"source.kind is {kind!r}; known kinds: {', '.join(sorted(kinds))}")
-    if set(arguments) != {"path"}:
-        raise UserError(f"a source of kind {kind!r} takes exactly 'path' besides 'kind', got {sorted(arguments)}")
-    return kinds[kind](arguments["path"])
+        raise UserError(f"source.kind is {kind!r}; known kinds: {', '.join(kinds)}")
+    source_class = importlib.import_module(f"{__name__}.{kind}").Source
+    options = parse_config(source_class.Options, values, source=f"source of kind {kind!r}")
+    return source_class(options, storage or StorageSection(), score_names)

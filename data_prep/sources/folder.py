@@ -1,94 +1,162 @@
-"""A folder of picture files, captioned by one `captions.jsonl` or by a text file beside each picture.
+"""A folder of picture files, captioned by one listing or by a file beside each picture.
 
-FOLDER/captions.jsonl       {"file": "hearts/red.png", "caption": "a red heart"} per line
-FOLDER/hearts/red.png       where there is no captions.jsonl: the caption is the text of hearts/red.txt
+PATH/captions.jsonl      {"file": "hearts/red.png", "caption": "a red heart", "aesthetic": 6.1} per line
+PATH/captions.csv        or the same as columns under a header: file,caption,aesthetic
+PATH/hearts/red.png      where there is neither: hearts/red.txt holds the caption, or hearts/red.json the fields
+
+A listing's pictures are exactly those taken; without one every picture file is, whether captioned or not. Units are
+pictures, and a picture's key is its path inside the folder.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
+from typing import Any
 
-from data_prep.sources import SourceItem
+from data_prep.recaptions import read_all_captions
+from data_prep.sources import Description, SourceBase, SourceItem, SourceOptions
+from star_dist.config import StorageSection
 from star_dist.data.pictures import PICTURE_SUFFIXES
 from star_dist.errors import UserError
 
-CAPTIONS_FILE = "captions.jsonl"
+LISTINGS = ("captions.jsonl", "captions.csv")
+SIDECARS = (".json", ".txt")
 
 
-class FolderSource:
-    """Pictures of a folder in the order of their keys, which are their paths inside the folder.
-
-    With `captions.jsonl` exactly the listed pictures are taken; without it every picture file, where one without a
-    text file has an empty caption. Whether a picture can be read shows only when it is read.
+class Source(SourceBase):
+    """Pictures of a folder or prefix; see the module. Whether a picture can be read shows only when it is read.
 
     Raises:
-        UserError: no such folder, no captions at all, or a line of `captions.jsonl` that cannot be used.
+        UserError: no such folder, no captions at all, or a line of a listing that cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise UserError(f"no folder of pictures at {self.path}; change source.path")
-        listing = self.path / CAPTIONS_FILE
-        self.captions: dict[str, str | None]  # None: still in the picture's text file
-        self.captions = _read_listing(listing) if listing.is_file() else self._find_captioned_files()
+    def __init__(self, options: SourceOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
+        super().__init__(options, storage, score_names)
+        listings = [name for name in LISTINGS if self.store.exists(name)]
+        if len(listings) > 1:
+            raise UserError(f"{options.path} has both {' and '.join(listings)}; remove one")
+        self._listed: dict[str, dict[str, Any]] | None = None
+        self._sidecars: frozenset[str] = frozenset()
+        if listings:
+            read = _read_csv if listings[0].endswith(".csv") else _read_jsonl
+            self._listed = read(_decoded(self.store.read(listings[0]), f"{options.path}/{listings[0]}"), options)
+            self.units = sorted(self._listed)
+        else:
+            self.units, self._sidecars = self._find()
+        if not self.units:
+            raise UserError(f"no picture is listed or found at {options.path}; change source.path")
+        self._recaptions = read_all_captions(self.recaption_stores())
 
-    def __len__(self) -> int:
-        return len(self.captions)
+    def open(self, unit: str) -> Sequence[SourceItem]:
+        return [SourceItem(unit, partial(self._describe, unit), partial(self.store.read, unit))]
 
-    def __iter__(self) -> Iterator[SourceItem]:
-        for key in sorted(self.captions):
-            file = self.path / key
-            caption = self.captions[key]
-            if caption is None:
-                caption = _read_text_beside(file)
-            yield SourceItem(key, caption, partial(Path.read_bytes, file))
+    def caption_file(self, unit: str, partition_name: str) -> str:
+        return f"{partition_name}.jsonl"
 
-    def _find_captioned_files(self) -> dict[str, str | None]:
-        files = [file for file in self.path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES]
-        if not any(file.with_suffix(".txt").is_file() for file in files):
+    def _describe(self, key: str) -> Description:
+        """Runs on a worker's thread: a file beside the picture may take a while to come."""
+        try:
+            fields = self._listed[key] if self._listed is not None else self._fields_beside(key)
+        except _DamagedSidecar as error:
+            return Description(problem=str(error))
+        return self.description(fields, {name: texts[key] for name, texts in self._recaptions.items() if key in texts})
+
+    def _find(self) -> tuple[list[str], frozenset[str]]:
+        names = {entry.name for entry in self.store.list()}
+        if not names:
+            raise UserError(f"no folder of pictures at {self.options.path}; change source.path")
+        pictures = sorted(name for name in names if PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES)
+        candidates = {str(PurePosixPath(name).with_suffix(suffix)) for name in pictures for suffix in SIDECARS}
+        sidecars = frozenset(candidates & names)
+        if not sidecars:
             raise UserError(
-                f"{self.path} holds {len(files)} pictures but no captions: neither {CAPTIONS_FILE} nor a .txt beside "
-                f"any picture"
+                f"{self.options.path} holds {len(pictures)} pictures but no captions: neither {' nor '.join(LISTINGS)} "
+                f"nor a .txt or .json beside any picture"
             )
-        return {file.relative_to(self.path).as_posix(): None for file in files}
+        return pictures, sidecars
+
+    def _fields_beside(self, key: str) -> dict[str, Any]:
+        """A .json's fields; a .txt is the first caption. Both may be there."""
+        fields: dict[str, Any] = {}
+        for suffix in SIDECARS:
+            name = str(PurePosixPath(key).with_suffix(suffix))
+            if name not in self._sidecars:
+                continue
+            try:
+                text = self.store.read(name).decode("utf-8")
+            except UnicodeDecodeError:
+                raise _DamagedSidecar(f"{suffix} is not UTF-8") from None
+            if suffix == ".txt":
+                fields[next(iter(self.options.captions.values()))] = text
+                continue
+            try:
+                values = json.loads(text)
+            except json.JSONDecodeError:
+                values = None
+            if not isinstance(values, dict):
+                raise _DamagedSidecar(f"{suffix} is no JSON object")
+            fields |= values
+        return fields
 
 
-def _read_listing(path: Path) -> dict[str, str | None]:
-    captions: dict[str, str | None] = {}
+class _DamagedSidecar(ValueError):
+    """A picture's own caption file that cannot be read: that picture's fault, not the job's."""
+
+
+def _decoded(data: bytes, place: str) -> tuple[str, str]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return data.decode("utf-8-sig"), place
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from None
-    for number, line in enumerate(lines, start=1):
+        raise UserError(f"{place} is not UTF-8: {error}") from None
+
+
+def _read_jsonl(listing: tuple[str, str], options: SourceOptions) -> dict[str, dict[str, Any]]:
+    text, place = listing
+    rows: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        where = f"{place}, line {number}"
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-        file = values.get("file") if isinstance(values, dict) else None
-        caption = values.get("caption") if isinstance(values, dict) else None
-        if not isinstance(file, str) or not isinstance(caption, str):
-            raise UserError(
-                f'{where} must be {{"file": "…", "caption": "…"}} with two strings, got {line.strip()[:80]}'
-            )
-        if not file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise UserError(f"{where}: file {file!r} must be a path inside the folder")
-        if file in captions:
-            raise UserError(f"{where}: file {file!r} is listed twice")
-        captions[file] = caption
-    return captions
+        _add(rows, values, where, line, options)
+    return rows
 
 
-def _read_text_beside(picture: Path) -> str:
-    """The text file's caption; empty where there is none or it is not UTF-8: one picture's fault, not the job's."""
+def _read_csv(listing: tuple[str, str], options: SourceOptions) -> dict[str, dict[str, Any]]:
+    text, place = listing
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    rows: dict[str, dict[str, Any]] = {}
     try:
-        return picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
+        for values in reader:
+            where = f"{place}, line {reader.line_num}"
+            if None in values or None in values.values():
+                raise UserError(f"{where} has another number of fields than the header ({len(reader.fieldnames)})")
+            _add(rows, values, where, str(values), options)
+    except csv.Error as error:
+        raise UserError(f"{place}, line {reader.line_num} is not CSV: {error}") from None
+    return rows
+
+
+def _add(rows: dict[str, dict[str, Any]], values: Any, where: str, line: str, options: SourceOptions) -> None:
+    """Adds one line of a listing after checking what the job cannot do without: the file and the first caption."""
+    caption_field = next(iter(options.captions.values()))
+    file = values.get("file") if isinstance(values, dict) else None
+    caption = values.get(caption_field) if isinstance(values, dict) else None
+    if not isinstance(file, str) or not isinstance(caption, str):
+        raise UserError(
+            f'{where} must have "file" and "{caption_field}" with two strings, got {line.strip()[:80]} '
+            f"(source.captions names the fields of captions)"
+        )
+    if not file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+        raise UserError(f"{where}: file {file!r} must be a path inside the folder")
+    if file in rows:
+        raise UserError(f"{where}: file {file!r} is listed twice")
+    rows[file] = {name: value for name, value in values.items() if name != "file"}

@@ -56,20 +56,36 @@ class TextSection(Section):
     pooling: Literal["auto", "pooler", "mean"] = "auto"
 
 
+class DataSource(Section):
+    """One data set of a mixture; see `DataSection`. weight: its share of the training samples, relative to others."""
+
+    remote: str | None = None
+    local: str
+    weight: float = Field(gt=0)
+
+
 class DataSection(Section):
     """MDS shards. `remote` is where they live (a folder or `s3://`), `local` the cache; a local data set has no remote.
 
+    sources: several data sets in place of `remote` and `local`, mixed anew by weight in every epoch.
+    corrupt_shards: what happens when a shard stays corrupt after all downloads: `stop` with a message, or `skip` its
+    samples, which are counted in the metrics (data/skipped_samples).
+    s3_endpoint_url, s3_region: for S3-compatible stores; null leaves the environment's. Keys come from the AWS chain.
     num_canonical_nodes, shuffle_algorithm, shuffle_block_size and the run's seed fix the order of the samples
     whatever the number of GPUs (mosaicml-streaming's elastic determinism).
     batch_timeout_s: how long a step waits for the loader's workers before training stops with a message.
     text_features: read the features stored in the shards in place of running the text encoder.
+    caption_weights: how often each of a picture's named captions is drawn, such as {"original": 1, "recaptioned": 4};
+    empty takes the data set's first one. The draw is a function of the seed, the step and the sample.
     """
 
     remote: str | None = None
-    local: str
+    local: str | None = None
+    sources: tuple[DataSource, ...] = ()
     train_split: str = "train"
     validation_split: str | None = "val"
     text_features: bool = False
+    caption_weights: dict[str, Annotated[float, Field(gt=0)]] = {}
     shuffle: bool = True
     shuffle_algorithm: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = "py1e"
     shuffle_block_size: Positive | None = None
@@ -80,12 +96,35 @@ class DataSection(Section):
     download_timeout_s: Positive = 60
     download_attempts: Positive = 3
     batch_timeout_s: Positive = 600
+    corrupt_shards: Literal["stop", "skip"] = "stop"
+    s3_endpoint_url: str | None = None
+    s3_region: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_say_where(self) -> DataSection:
+        if self.sources and (self.local is not None or self.remote is not None):
+            raise ValueError("give either sources or local (and remote), not both")
+        if not self.sources and self.local is None:
+            raise ValueError("local is missing")
+        return self
+
+    @property
+    def all_sources(self) -> tuple[DataSource, ...]:
+        """Every data set, a single one too."""
+        return self.sources or (DataSource(remote=self.remote, local=self.local, weight=1.0),)
+
+    @property
+    def place(self) -> str:
+        """Where the samples come from, for messages."""
+        return ", ".join(source.remote or source.local for source in self.all_sources)
 
 
 class TrainSection(Section):
     """steps: optimizer steps. global_batch, micro_batch: pictures per step over all GPUs, and per GPU and forward pass.
 
     init_from: an exported folder whose weights start the run (256 -> 512 -> 1024).
+    activation_checkpointing: `selective` computes norms, GELU and rotations again in the backward pass, `full` all of
+    each block; both save memory and change no result.
     scale_loss_power: a token of a scale of n tokens counts n**-power in the loss. 0 is the paper's cross-entropy; 1
     gives every scale the same say, so that layout and colours, which few tokens decide, are learned first.
     omp_threads: CPU threads of each rank, pinned because float sums depend on it; null leaves the launcher's choice.
@@ -94,6 +133,7 @@ class TrainSection(Section):
     steps: Positive
     global_batch: Positive
     micro_batch: Positive
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     caption_dropout: Fraction = 0.1
     scale_loss_power: Fraction = 0.0
     precision: Literal["bf16", "fp32"] = "bf16"

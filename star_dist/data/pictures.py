@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,20 @@ from torch import Tensor
 
 from star_dist.errors import UserError
 
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"})
+
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
 
 
 class UnreadablePicture(ValueError):
     """A picture that cannot be decoded; the message is the reason, short enough to count by."""
 
 
-def decode_picture(data: bytes) -> Image.Image:
+def decode_picture(data: bytes, check_size: Callable[[int, int], None] | None = None) -> Image.Image:
     """Decodes picture bytes to RGB: EXIF rotation applied, transparency laid on white, first frame of an animation.
+
+    check_size: called with width and height before the pixels are decoded; what it raises passes through.
 
     Raises:
         UnreadablePicture: empty, truncated, no picture at all, or dangerously large.
@@ -32,23 +38,53 @@ def decode_picture(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+            image = Image.open(io.BytesIO(data), formats=_formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnreadablePicture("too many pixels") from None
     except Image.UnidentifiedImageError:
         raise UnreadablePicture("not a picture") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, TypeError, IndexError, KeyError) as error:
-        # Pillow's decoders raise all of these for damaged files.
-        kind = "truncated" if "truncat" in str(error) else "damaged"
-        raise UnreadablePicture(f"{kind} picture") from None
+    except Exception as error:  # Pillow's plugins raise anything for damaged headers
+        raise UnreadablePicture(_damage(error)) from None
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # the warnings above are per process, not per thread
+        raise UnreadablePicture("too many pixels")
+    if check_size is not None:
+        check_size(*image.size)
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            image = _eight_bits(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except UnreadablePicture:
+        raise
+    except Exception as error:  # Pillow's decoders raise anything for damaged files
+        raise UnreadablePicture(_damage(error)) from None
+
+
+def _damage(error: Exception) -> str:
+    return "truncated picture" if "truncat" in str(error) else "damaged picture"
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Formats that are decoded, as far as this Pillow has them. Others start programs (EPS) or are no photographs."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey pictures of 16 bits, 32 bits or floats, by the range that their values are in; (0, 1) for floats."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise UnreadablePicture("float pixels outside of 0 to 1")
+        return Image.fromarray((values * 255).round().astype(np.uint8))
+    if values.min() < 0 or values.max() >= 2**16:
+        raise UnreadablePicture("integer pixels beyond 16 bits")
+    return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
 
 
 def read_picture(path: Path) -> Image.Image:

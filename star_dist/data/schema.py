@@ -2,11 +2,13 @@
 
     ROOT/dataset.json                 DatasetMetadata
     ROOT/empty_caption.safetensors    features of the empty caption, only where text features are stored
-    ROOT/train/index.json, shard…     one MDS data set per split (mosaicml-streaming)
+    ROOT/train/index.json             one MDS data set per split (mosaicml-streaming), merged from those of all
+    ROOT/train/PARTITION/shard…       partitions of the job
 
-Columns are plain bytes, so that any reader of any version can take them: `tokens` is the token maps of all scales,
-flattened, coarse to fine, little-endian `token_dtype`; features are little-endian float16. L tokens, S text tokens, W
-text width.
+Columns are plain bytes and text, so that any reader of any version can take them: `tokens` is the token maps of all
+scales, flattened, coarse to fine, little-endian `token_dtype`; features are little-endian float16. A picture may have
+several captions by name, each in a column of its own with its features beside it; one that is absent is empty. L
+tokens, S text tokens, W text width.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from star_dist.config import RunConfig, Section, TextSection
 from star_dist.errors import UserError
 from star_dist.files import read_json_object
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METADATA_FILE = "dataset.json"
 EMPTY_CAPTION_FILE = "empty_caption.safetensors"
 SHARD_HASH = "xxh64"  # of every shard, in the index that MDSWriter writes
@@ -36,7 +38,8 @@ class DatasetMetadata(Section):
     """What a trainer must know to use the shards.
 
     tokenizer_hash: `tokenizer_hash` of the VQ-VAE that made the tokens. text_features: the encoder whose features are
-    stored, null where captions alone are. splits: samples of each split. content_hash: over the indices of all splits,
+    stored, null where captions alone are. captions: how many samples have each named caption; all have the first.
+    splits: samples of each split. content_hash: over the indices of all splits,
     which hold the shards' hashes. rejected: pictures left out, by reason.
     """
 
@@ -48,6 +51,7 @@ class DatasetMetadata(Section):
     resolution: int
     scales: tuple[int, ...]
     token_dtype: str
+    captions: dict[str, int]
     text_features: TextSection | None = None
     splits: dict[str, int]
     content_hash: str
@@ -60,29 +64,45 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= UINT16_VALUES else np.dtype("<u4")
 
 
-def columns(with_features: bool) -> dict[str, str]:
+def columns(caption_names: Iterable[str], with_features: bool) -> dict[str, str]:
     """MDS columns and their encodings."""
-    plain = {"key": "str", "caption": "str", "tokens": "bytes"}
-    return plain | ({"text_hidden": "bytes", "text_pooled": "bytes"} if with_features else {})
+    found = {"key": "str", "tokens": "bytes"}
+    for name in caption_names:
+        found[f"caption_{name}"] = "str"
+        if with_features:
+            found |= {f"text_hidden_{name}": "bytes", f"text_pooled_{name}": "bytes"}
+    return found
 
 
-def encode_sample(
-    key: str, caption: str, tokens_L: np.ndarray, dtype: np.dtype, features: tuple[np.ndarray, np.ndarray] | None = None
+def encode_captions(
+    key: str, captions: Mapping[str, str], features: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
 ) -> dict[str, Any]:
-    """One sample as MDS columns; `features` are (hidden (S, W), pooled (W,)).
+    """The caption columns of one sample; empty captions have no features, which are (hidden (S, W), pooled (W,)).
 
     Raises:
         UserError: a feature is too large for float16.
     """
-    sample: dict[str, Any] = {"key": key, "caption": caption, "tokens": tokens_L.astype(dtype).tobytes()}
-    if features is not None:
-        for name, values in zip(("text_hidden", "text_pooled"), features):
+    sample: dict[str, Any] = {f"caption_{name}": caption for name, caption in captions.items()}
+    for name in captions if features is not None else ():
+        parts = features[name] if captions[name] else (np.empty(0), np.empty(0))
+        for column, values in zip((f"text_hidden_{name}", f"text_pooled_{name}"), parts):
             with np.errstate(over="ignore"):  # found by the check that follows
                 stored = values.astype(FEATURE_DTYPE)
             if not np.isfinite(stored).all():
                 raise UserError(f"a text feature of {key!r} does not fit float16; store captions without features")
-            sample[name] = stored.tobytes()
+            sample[column] = stored.tobytes()
     return sample
+
+
+def decode_captions(sample: Mapping[str, Any], metadata: DatasetMetadata) -> dict[str, str]:
+    """The captions of one sample by name, in the data set's order, without the empty ones."""
+    captions = {name: sample[f"caption_{name}"] for name in metadata.captions}
+    return {name: caption for name, caption in captions.items() if caption}
+
+
+def encode_tokens(tokens_L: np.ndarray, dtype: np.dtype) -> bytes:
+    """The `tokens` column of one sample."""
+    return tokens_L.astype(dtype).tobytes()
 
 
 def decode_tokens(sample: Mapping[str, Any], metadata: DatasetMetadata) -> np.ndarray:
@@ -90,44 +110,44 @@ def decode_tokens(sample: Mapping[str, Any], metadata: DatasetMetadata) -> np.nd
     return np.frombuffer(sample["tokens"], dtype=metadata.token_dtype).astype(np.int64)
 
 
-def decode_features(sample: Mapping[str, Any], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stored text features of one sample; hidden (S, W) and pooled (W,), float16."""
-    hidden = np.frombuffer(sample["text_hidden"], dtype=FEATURE_DTYPE).reshape(-1, width)
-    return hidden.copy(), np.frombuffer(sample["text_pooled"], dtype=FEATURE_DTYPE).copy()
+def decode_features(sample: Mapping[str, Any], caption_name: str, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stored text features of one caption; hidden (S, W) and pooled (W,), float16."""
+    hidden = np.frombuffer(sample[f"text_hidden_{caption_name}"], dtype=FEATURE_DTYPE).reshape(-1, width)
+    return hidden.copy(), np.frombuffer(sample[f"text_pooled_{caption_name}"], dtype=FEATURE_DTYPE).copy()
 
 
-def content_hash(root: Path, splits: Iterable[str]) -> str:
-    """Identity of all samples of a data set, as 16 hexadecimal digits."""
+def content_hash(indices: Mapping[str, bytes]) -> str:
+    """Identity of all samples of a data set, from the `index.json` of each split, as 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for split in sorted(splits):
-        digest.update((root / split / "index.json").read_bytes())
+    for split in sorted(indices):
+        digest.update(indices[split])
     return digest.hexdigest()[:16]
 
 
-def write_metadata(root: Path, metadata: DatasetMetadata) -> None:
-    (root / METADATA_FILE).write_text(metadata.model_dump_json(indent=2) + "\n")
-
-
 def read_metadata(root: Path) -> DatasetMetadata:
-    """Reads and validates `dataset.json`.
+    """Reads and validates `dataset.json` of a local data set.
 
     Raises:
         UserError: no data set there, or one of another schema version.
     """
     path = root / METADATA_FILE
     absent = f"no data set at {root}: {path} does not exist (data_prep.tokenize writes it)"
-    values = read_json_object(path, absent)
+    return parse_metadata(read_json_object(path, absent), str(path))
+
+
+def parse_metadata(values: dict[str, Any], place: str) -> DatasetMetadata:
+    """Validates what a `dataset.json` holds; `place` names it in errors (see `read_metadata`)."""
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise UserError(f"{path} has schema version {version}, this code reads {SCHEMA_VERSION}; tokenize again")
+        raise UserError(f"{place} has schema version {version}, this code reads {SCHEMA_VERSION}; tokenize again")
     try:
         return DatasetMetadata.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise UserError(f"{path} is damaged: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from None
+        raise UserError(f"{place} is damaged: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from None
 
 
-def check_matches(metadata: DatasetMetadata, config: RunConfig, tokenizer_hash: str) -> None:
-    """Refuses shards that were made for another run.
+def check_matches(metadata: DatasetMetadata, config: RunConfig, tokenizer_hash: str, place: str) -> None:
+    """Refuses shards that were made for another run; `place` names the data set in messages.
 
     Raises:
         UserError: naming the first difference, both values and what to change.
@@ -144,20 +164,37 @@ def check_matches(metadata: DatasetMetadata, config: RunConfig, tokenizer_hash: 
         stored = getattr(metadata, name)
         if stored != value:
             raise UserError(
-                f"the data set has {name} {_shown(stored)}, the run has {_shown(value)}; "
+                f"the data set {place} has {name} {_shown(stored)}, the run has {_shown(value)}; "
                 f"change {option} or data, or tokenize again"
             )
     for split in filter(None, (config.data.train_split, config.data.validation_split)):
         if not metadata.splits.get(split):
-            raise UserError(f"the data set has no samples in split {split!r}; it has {dict(metadata.splits)}")
+            raise UserError(f"the data set {place} has no samples in split {split!r}; it has {dict(metadata.splits)}")
+    _check_captions(metadata, config.data.caption_weights, place)
     if config.data.text_features:
         if metadata.text_features is None:
-            raise UserError("data.text_features is true but the data set holds captions only; set it to false")
+            raise UserError(f"data.text_features is true but the data set {place} holds captions only; set it to false")
         if metadata.text_features != config.text:
             raise UserError(
-                f"the data set's text features were made with {metadata.text_features!r}, the run has {config.text!r}; "
+                f"the text features of {place} were made with {metadata.text_features!r}, the run has {config.text!r}; "
                 f"change text, or set data.text_features to false"
             )
+
+
+def _check_captions(metadata: DatasetMetadata, weights: Mapping[str, float], place: str) -> None:
+    """Every sample must have one of the captions that the run draws from."""
+    for name in weights:
+        if name not in metadata.captions:
+            raise UserError(
+                f"data.caption_weights has {name!r}, the data set {place} has {list(metadata.captions)}; change one"
+            )
+    samples = sum(metadata.splits.values())
+    if weights and all(metadata.captions[name] < samples for name in weights):
+        counts = ", ".join(f"{name}: {metadata.captions[name]}" for name in weights)
+        raise UserError(
+            f"none of data.caption_weights' captions is there for all {samples} samples ({counts}); give "
+            f"{next(iter(metadata.captions))!r} a weight too"
+        )
 
 
 def _shown(value: Any) -> Any:

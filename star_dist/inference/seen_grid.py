@@ -13,7 +13,7 @@ from streaming.base.format.mds.reader import MDSReader  # reads a local split wi
 from tqdm import tqdm
 
 from star_dist.data.pictures import to_pil
-from star_dist.data.schema import decode_tokens, read_metadata
+from star_dist.data.schema import decode_captions, decode_tokens, read_metadata
 from star_dist.errors import UserError
 from star_dist.inference.grid import GridSection, draw_grid
 from star_dist.inference.options import SamplingOptions
@@ -81,10 +81,10 @@ def _find(data: Path, captions: Sequence[str], pipeline: StarPipeline) -> dict[s
             reader = MDSReader.from_json(str(data), split, shard)
             for i in range(len(reader)):
                 sample = reader[i]
-                if sample["caption"] in wanted:
+                for caption in wanted.intersection(decode_captions(sample, metadata).values()):
                     tokens_BL = torch.from_numpy(decode_tokens(sample, metadata)[np.newaxis])
                     picture = pipeline.tokenizer.decode(
                         tokens_BL.to(pipeline.model.word_embed.weight.device), pipeline.schedule
                     )
-                    found[sample["caption"]] = split, to_pil(picture)[0]
+                    found[caption] = split, to_pil(picture)[0]
     return found

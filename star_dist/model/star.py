@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from star_dist.model.attention import AttentionContext, PackedAttention, check_kernel_name, choose_kernel
 from star_dist.model.blocks import Block, layer_norm
+from star_dist.model.chunked_loss import LinearCrossEntropy
 from star_dist.model.config import StarConfig
 from star_dist.model.layout import PackedLayout
+from star_dist.model.recompute import Recompute, run_block
 from star_dist.model.rope import Rotary, packed_rotary
 from star_dist.scales import ScaleSchedule
 
@@ -20,21 +22,25 @@ from star_dist.scales import ScaleSchedule
 class Head(nn.Linear):
     """LayerNorm and the projection to the codebook, in float32 whatever the rest runs in."""
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        return F.linear(layer_norm(x_TD), self.weight.to(x_TD.dtype), self.bias.to(x_TD.dtype))
+    def forward(self, x_TD: Tensor, targets_T: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (T, V), or with targets per-token losses (T,) and hits (T,), for which no logits are kept."""
+        x_TD = layer_norm(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
+        if targets_T is not None:
+            return LinearCrossEntropy.apply(x_TD, self.weight, self.bias, targets_T)
+        return F.linear(x_TD, self.weight.to(x_TD.dtype), self.bias.to(x_TD.dtype))
 
 
 class STAR(nn.Module):
     """The transformer alone: the tokenizer and the text encoder are not part of it.
 
     Parameters are left for `initialize_weights` or a checkpoint to fill; the names are those of the public
-    checkpoints. attention: the kernel of `attention.py`.
+    checkpoints. attention: the kernel of `attention.py`. recompute: activation checkpointing, see `recompute.py`.
     """
 
-    def __init__(self, config: StarConfig, attention: str = "auto") -> None:
+    def __init__(self, config: StarConfig, attention: str = "auto", recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config
+        self.recompute = recompute
         self.attention = check_kernel_name(attention)
         self.encoder_proj = nn.Linear(config.text_width, config.width)
         self.pos_start = nn.Parameter(torch.empty(1, 1, config.width))
@@ -62,7 +68,7 @@ class STAR(nn.Module):
 
     def run_blocks(self, x_TD: Tensor, text_SW: Tensor, rotary: Rotary | None, context: AttentionContext) -> Tensor:
         for block in self.blocks:
-            x_TD = block(x_TD, text_SW, rotary=rotary, context=context)
+            x_TD = run_block(block, self.recompute, x_TD, text_SW, rotary=rotary, context=context)
         return x_TD
 
     def forward(
@@ -89,10 +95,7 @@ class STAR(nn.Module):
         kernel = choose_kernel(self.attention, device, dtype, training=torch.is_grad_enabled())
         context = PackedAttention(layout, kernel, device)
         x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device), context)
-        logits_TV = self.head_logits(x_TD)
-        if targets_T is None:
-            return logits_TV
-        return F.cross_entropy(logits_TV, targets_T, reduction="none"), logits_TV.detach().argmax(-1) == targets_T
+        return self.head_logits(x_TD, targets_T)
 
 
 def pack_inputs(teacher_forcing_BLC: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ MAY_CHANGE = (
     "logging",
     "data.remote",
     "data.local",
+    "data.sources.*.remote",
+    "data.sources.*.local",
+    "data.s3_endpoint_url",
+    "data.s3_region",
+    "data.corrupt_shards",
     "data.num_workers",
     "data.prefetch_batches",
     "data.cache_limit",
@@ -44,6 +50,7 @@ MAY_CHANGE = (
     "tokenizer.path",  # the marker records the hash of the weights behind it
     "train.steps",
     "train.micro_batch",
+    "train.activation_checkpointing",
     "train.init_from",
     "train.omp_threads",
     "model.attention",
@@ -174,7 +181,7 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     """
     accepted = []
     for key, before, now in differences(checkpoint.config, json.loads(dump_config(config))):
-        if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):
+        if not any(fnmatchcase(key, allowed) or fnmatchcase(key, f"{allowed}.*") for allowed in MAY_CHANGE):
             raise UserError(
                 f"checkpoint {checkpoint.path} was written with {key} = {json.dumps(before)}, the run has "
                 f"{json.dumps(now)}; restore the value or start another run_dir"

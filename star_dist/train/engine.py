@@ -51,7 +51,7 @@ class Engine:
         settings = config.deepspeed_config(process.world_size)
         partitioned = config.train.zero_stage == 3
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=partitioned):
-            model = STAR(config.star_config(), config.model.attention)
+            model = STAR(config.star_config(), config.model.attention, config.train.activation_checkpointing)
         if not partitioned:
             model.to(self.device)
         # A gathered parameter takes rank 0's values, so the other ranks need none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,18 +71,20 @@ def run_facts(run: Path, config: RunConfig, step: int, licence: str | None) -> M
     options = json.loads(config.model_dump_json(include=set(CARD_SECTIONS)))
     training = {f"{section}.{name}": value for section in CARD_SECTIONS for name, value in options[section].items()}
     training = {name: value for name, value in training.items() if value is not None and name != "train.init_from"}
-    data = Path(config.data.local)
-    known = read_metadata(data) if (data / METADATA_FILE).is_file() else None
-    environment = _read_environment(run / "environment.json")
+    folders = [Path(source.local) for source in config.data.all_sources]
+    known = [read_metadata(folder) for folder in folders if (folder / METADATA_FILE).is_file()]
+    samples: Counter[str] = Counter()
+    for metadata in known:
+        samples.update(metadata.splits)
     return ModelFacts(
         source=f"training run {config.name}",
         licence=licence,
-        dataset=data.name,
-        samples=known.splits if known else {},
-        attribution=known.attribution if known else "",
+        dataset=", ".join(folder.name for folder in folders),
+        samples=dict(samples),
+        attribution="\n\n".join(dict.fromkeys(filter(None, (metadata.attribution for metadata in known)))),
         training=training | {"pictures seen": step * config.train.global_batch},
         metrics=_last_metrics(run / METRICS_FILE, step),
-        versions=environment,
+        versions=_read_environment(run / "environment.json"),
     )
 
 

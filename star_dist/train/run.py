@@ -26,8 +26,10 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     changes = check_same_run(checkpoint, config) if checkpoint is not None else []
     _check_nodes(config, process)
 
-    from star_dist.data.dataset import fetch_metadata
+    from star_dist.data.fetch import fetch_metadata
     from star_dist.data.schema import check_matches
+    from star_dist.data.shared_memory import remove_segments_of_dead_jobs
+    from star_dist.data.streams import claim_caches
     from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
 
     tokenizer = load_tokenizer(Path(config.tokenizer.path))
@@ -35,8 +37,13 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
         check_same_tokenizer(checkpoint, tokenizer_hash(tokenizer))
         if checkpoint.step >= config.train.steps:
             return _report_finished(run_dir, checkpoint, config, process)
+    caches = []
+    if process.local_rank == 0:  # before the ranks meet: all must find the same numbers of shared memory taken
+        caches = claim_caches(config.data)
+        remove_segments_of_dead_jobs()
     metadata = fetch_metadata(config.data)
-    check_matches(metadata, config, tokenizer_hash(tokenizer))
+    for source, found in zip(config.data.all_sources, metadata):
+        check_matches(found, config, tokenizer_hash(tokenizer), source.remote or source.local)
     weights = None
     if config.train.init_from is not None and checkpoint is None and (process.rank == 0 or config.train.zero_stage < 3):
         from star_dist.export import initial_weights_from
@@ -58,7 +65,7 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
         trainer.run()
     finally:
         engine.close()
-        del lock
+        del lock, caches
 
 
 def _report_finished(run_dir: Path, checkpoint: Checkpoint, config: RunConfig, process: ProcessInfo) -> None:

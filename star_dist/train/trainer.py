@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from star_dist.config import RunConfig
-from star_dist.data.dataset import (
-    HeldOutBatches,
-    MicroBatch,
-    TrainBatches,
-    drop_captions,
-    fetch_empty_caption,
-)
+from star_dist.data.batches import HeldOutBatches, TrainBatches, drop_captions
+from star_dist.data.dataset import MicroBatch
+from star_dist.data.fetch import fetch_empty_caption
 from star_dist.data.schema import DatasetMetadata
+from star_dist.errors import UserError
 from star_dist.inference.grid import GridSection, draw_grid
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.model.flops import training_flops
@@ -41,6 +38,7 @@ class Totals:
     losses_K: Tensor
     correct_K: Tensor
     samples: int = 0
+    skipped_samples: int = 0
     steps: int = 0
     text_tokens: int = 0
     data_wait_s: float = 0.0
@@ -55,7 +53,7 @@ class Trainer:
         config: RunConfig,
         engine: Engine,
         tokenizer: MultiScaleVQVAE,
-        metadata: DatasetMetadata,
+        metadata: list[DatasetMetadata],
         checkpoint: Checkpoint | None,
     ) -> None:
         self.config = config
@@ -97,9 +95,10 @@ class Trainer:
             for _ in range(self.train_batches.micro_batches_per_step):
                 batch = self._next_batch(batches, totals)
                 losses_T, correct_T = self._forward(batch, self._text(batch, step), totals)
-                self.engine.backward(self._loss_sum(losses_T))
+                present_B = self._present(batch)
+                self.engine.backward(self._loss_sum(losses_T, present_B))
                 self.engine.step(learning_rate(config.optimizer, step, config.train.steps))
-                self._add(totals, losses_T, correct_T, len(batch))
+                self._add(totals, losses_T, correct_T, batch, present_B)
             done = step + 1
             totals.steps += 1
             self.log.advance()
@@ -148,11 +147,20 @@ class Trainer:
         hidden_SW, pooled_BW = text.hidden_SW.to(self.device), text.pooled_BW.to(self.device)
         return self.engine(inputs_TC, hidden_SW, pooled_BW, tokens_BL.flatten(), layout=layout)
 
-    def _loss_sum(self, losses_T: Tensor) -> Tensor:
+    def _present(self, batch: MicroBatch) -> Tensor | None:
+        """1 for every sample and 0 for those of corrupt shards, (B,); None where all are present."""
+        if all(batch.present):
+            return None
+        return torch.tensor(batch.present, dtype=torch.float32, device=self.device)
+
+    def _loss_sum(self, losses_T: Tensor, present_B: Tensor | None) -> Tensor:
         """What is minimised: the sum over all tokens, weighted by scale where `train.scale_loss_power` says so."""
+        losses_BL = losses_T.unflatten(0, (-1, self.schedule.num_tokens))
         if self.loss_weights_L is not None:
-            losses_T = losses_T.unflatten(0, (-1, self.schedule.num_tokens)) * self.loss_weights_L
-        return losses_T.sum()
+            losses_BL = losses_BL * self.loss_weights_L
+        if present_B is not None:
+            losses_BL = losses_BL * present_B[:, None]
+        return losses_BL.sum()
 
     def _by_scale(self, values_T: Tensor, weights_B: Tensor | None = None) -> Tensor:
         """Sums over the tokens of each scale; (T,) -> (K,)."""
@@ -167,10 +175,13 @@ class Trainer:
         zeros = torch.zeros(len(self.schedule), device=self.device)
         return Totals(zeros, zeros.clone())
 
-    def _add(self, totals: Totals, losses_T: Tensor, correct_T: Tensor, samples: int) -> None:
-        totals.losses_K += self._by_scale(losses_T)
-        totals.correct_K += self._by_scale(correct_T)
-        totals.samples += samples
+    def _add(
+        self, totals: Totals, losses_T: Tensor, correct_T: Tensor, batch: MicroBatch, present_B: Tensor | None
+    ) -> None:
+        totals.losses_K += self._by_scale(losses_T, present_B)
+        totals.correct_K += self._by_scale(correct_T, present_B)
+        totals.samples += sum(batch.present)
+        totals.skipped_samples += len(batch) - sum(batch.present)
 
     def _due(self, every: int, done: int) -> bool:
         return bool(every) and (done % every == 0 or done == self.config.train.steps)
@@ -188,20 +199,33 @@ class Trainer:
             report[f"{group}accuracy/scale_{side}"] = hits / (samples * length)
         return report
 
+    def _over_ranks(self, totals: Totals) -> tuple[Tensor, Tensor, int, int]:
+        """Losses, hits, samples and skipped samples, summed over all ranks.
+
+        Raises:
+            UserError: not one sample was there to learn from.
+        """
+        counts = torch.tensor([totals.samples, totals.skipped_samples], dtype=torch.float32, device=self.device)
+        sums = self.engine.all_reduce(torch.cat([totals.losses_K, totals.correct_K, counts]))
+        losses_K, correct_K, counts = sums.split([len(self.schedule), len(self.schedule), 2])
+        samples, skipped = (round(count) for count in counts.tolist())
+        if samples == 0:
+            raise UserError(f"all {skipped} samples since the last report are in corrupt shards; repair the data set")
+        return losses_K, correct_K, samples, skipped
+
     def _report(self, done: int, totals: Totals) -> None:
         """Sums of all ranks since the last report; here the host waits for the device."""
-        sums = torch.cat([totals.losses_K, totals.correct_K])
-        losses_K, correct_K = self.engine.all_reduce(sums).chunk(2)
-        samples = totals.samples * self.world_size
+        losses_K, correct_K, samples, skipped = self._over_ranks(totals)
         report = self._loss_report(losses_K, correct_K, samples)
         elapsed_s = time.perf_counter() - totals.started_s
         images_per_s = samples / elapsed_s
-        text_tokens = round(totals.text_tokens / totals.samples)
+        text_tokens = round(totals.text_tokens / max(totals.samples + totals.skipped_samples, 1))
         flops_per_image = training_flops(self.engine.model.config, self.schedule, text_tokens)
         report |= {
             "optim/learning_rate": learning_rate(self.config.optimizer, done - 1, self.config.train.steps),
             "optim/grad_norm": self.engine.gradient_norm(),
             "optim/skipped_steps": self.engine.skipped_steps,
+            "data/skipped_samples": skipped,
             "throughput/images_per_s": images_per_s,
             "throughput/tokens_per_s": images_per_s * self.schedule.num_tokens,
             "throughput/mfu": images_per_s * flops_per_image / (self.peak_flops * self.world_size),
@@ -218,12 +242,13 @@ class Trainer:
         with torch.no_grad():
             for batch, weights_B in self.held_out:
                 losses_T, correct_T = self._forward(batch, self._held_out_text(batch))
+                totals.samples += int(weights_B.sum())
                 weights_B = weights_B.to(self.device)
                 totals.losses_K += self._by_scale(losses_T, weights_B)
                 totals.correct_K += self._by_scale(correct_T, weights_B)
         self.engine.train()
-        losses_K, correct_K = self.engine.all_reduce(torch.cat([totals.losses_K, totals.correct_K])).chunk(2)
-        self.log.report(done, self._loss_report(losses_K, correct_K, self.held_out.num_samples, "validation/"))
+        losses_K, correct_K, samples, _ = self._over_ranks(totals)
+        self.log.report(done, self._loss_report(losses_K, correct_K, samples, "validation/"))
 
     def _draw_samples(self, done: int) -> None:
         """Draws the configured prompts on rank 0 with a whole copy of the weights; the other ranks wait."""
@@ -249,7 +274,7 @@ class Trainer:
         self.engine.barrier()
         self.engine.save(self.checkpoints.path(done))
         if self.rank == 0:
-            self.checkpoints.complete(done, self.world_size, self.metadata.tokenizer_hash, self.config)
+            self.checkpoints.complete(done, self.world_size, self.metadata[0].tokenizer_hash, self.config)
             self.checkpoints.keep_last(self.config.checkpoint.keep_last)
         self.engine.barrier()
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from star_dist.config import RunConfig
-from star_dist.data.dataset import check_local_shards, drop_captions, fetch_metadata
+from star_dist.data.batches import drop_captions
+from star_dist.data.fetch import check_local_shards, fetch_metadata
 from star_dist.errors import UserError
 from tests.ranks import RankFailed, run_ranks
 
@@ -21,7 +22,8 @@ def order(config: RunConfig, first_step: int, steps: int, world_size: int) -> li
     def one_rank() -> list[list[int]]:
         import torch.distributed
 
-        from star_dist.data.dataset import TrainBatches, fetch_metadata
+        from star_dist.data.batches import TrainBatches
+        from star_dist.data.fetch import fetch_metadata
         from star_dist.process import prepare_process_environment
 
         process = prepare_process_environment()
@@ -71,7 +73,7 @@ def test_cut_and_missing_shards_are_named(dataset_folder: Path, run_config: Make
     shutil.copytree(dataset_folder, copy)
     data = run_config(data={"local": str(copy)}).data
     check_local_shards(data, "train")
-    shard = copy / "train" / "shard.00000.mds"
+    (shard,) = (copy / "train").rglob("*.mds")
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-7])
     with pytest.raises(UserError, match=rf"shard\.00000\.mds has {size - 7} bytes, its index says {size}"):
@@ -88,7 +90,7 @@ def test_a_remote_is_read_through_a_local_cache(dataset_folder: Path, run_config
     config = run_config(data={"remote": str(dataset_folder), "local": str(tmp_path / "cache")})
     assert order(config, 0, 6, 2) == order(run_config(), 0, 6, 2)
     assert json.loads((tmp_path / "cache" / "dataset.json").read_text())["splits"]["val"]
-    assert list((tmp_path / "cache" / "train").glob("*.mds"))
+    assert list((tmp_path / "cache" / "train").rglob("*.mds"))
     copy = tmp_path / "another version"
     shutil.copytree(dataset_folder, copy)
     metadata = json.loads((copy / "dataset.json").read_text()) | {"content_hash": "0123"}
@@ -96,7 +98,7 @@ def test_a_remote_is_read_through_a_local_cache(dataset_folder: Path, run_config
     with pytest.raises(UserError, match="holds another version of"):
         fetch_metadata(run_config(data={"remote": str(copy), "local": str(tmp_path / "cache")}).data)
     absent = run_config(data={"remote": str(tmp_path / "absent"), "local": str(tmp_path / "cache2")})
-    with pytest.raises(UserError, match=r"cannot read dataset\.json of the data set at .*absent"):
+    with pytest.raises(UserError, match=r"no data set at .*absent: it has no dataset"):
         fetch_metadata(absent.data)
 
 
@@ -106,7 +108,7 @@ def test_a_remote_shard_that_is_cut_short_is_named(
 ) -> None:
     copy = tmp_path / "set"
     shutil.copytree(dataset_folder, copy)
-    shard = copy / "train" / "shard.00000.mds"
+    (shard,) = (copy / "train").rglob("*.mds")
     shard.write_bytes(shard.read_bytes()[:-7])
     data = {"remote": str(copy), "local": str(tmp_path / "cache"), "download_attempts": 1, "batch_timeout_s": 5}
     config = run_config(data=data | {"num_workers": num_workers})

@@ -1,15 +1,18 @@
-"""The folder source: both ways of captioning, a fixed order, and every mistake named."""
+"""The folder source: all ways of captioning, on disk and on S3, a fixed order, and every mistake named."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from data_prep.sources import open_source
-from data_prep.sources.folder import FolderSource
+from data_prep.recaptions import caption_line
+from data_prep.sources import SourceBase, SourceItem, open_source
 from star_dist.errors import UserError
+from tests.s3 import S3Bucket
 
 
 def write_listing(folder: Path, *lines: object) -> None:
@@ -18,53 +21,129 @@ def write_listing(folder: Path, *lines: object) -> None:
     (folder / "captions.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
+def folder_source(path: Path | str, score_names: Iterable[str] = (), **options: Any) -> SourceBase:
+    return open_source({"kind": "folder", "path": str(path)} | options, score_names=tuple(score_names))
+
+
+def all_items(source: SourceBase) -> list[SourceItem]:
+    return [item for unit in source.units for item in source.open(unit)]
+
+
+def captions_of(source: SourceBase) -> dict[str, str | None]:
+    return {item.key: item.describe().captions.get("original") for item in all_items(source)}
+
+
 def test_listed_pictures_come_in_the_order_of_their_keys(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.png").write_bytes(b"A")
     (tmp_path / "b.png").write_bytes(b"B")
     (tmp_path / "unlisted.png").write_bytes(b"U")
     write_listing(tmp_path, {"file": "sub/a.png", "caption": "é\u2028x"}, "", {"file": "b.png", "caption": "b", "n": 1})
-    source = open_source({"kind": "folder", "path": str(tmp_path)})
-    assert len(source) == 2
+    source = folder_source(tmp_path)
+    assert len(source.units) == 2
     for _ in range(2):  # it can be read again
-        assert [(item.key, item.caption, item.read()) for item in source] == [
-            ("b.png", "b", b"B"),
-            ("sub/a.png", "é\u2028x", b"A"),
+        assert [(item.key, item.describe().captions, item.read()) for item in all_items(source)] == [
+            ("b.png", {"original": "b"}, b"B"),
+            ("sub/a.png", {"original": "é\u2028x"}, b"A"),
         ]
 
 
-def test_text_files_beside_the_pictures(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a.png", "c.webp", "notes.md"):
+def test_a_table_of_captions_with_scores_and_other_captions(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text(
+        '\ufefffile,title,long,aesthetic,reward\na.png,"A, and",2019,6.5,\nb.png,b,,low,1e-3\n', encoding="utf-8"
+    )
+    captions = {"short": "title", "detailed": "long"}
+    source = folder_source(tmp_path, ["aesthetic", "reward"], captions=captions)
+    descriptions = [item.describe() for item in all_items(source)]
+    assert [description.captions for description in descriptions] == [
+        {"short": "A, and", "detailed": "2019"},
+        {"short": "b", "detailed": ""},
+    ]
+    assert [description.scores for description in descriptions] == [{"aesthetic": 6.5}, {"reward": 0.001}]
+
+
+def test_files_beside_the_pictures(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.png", "c.webp", "d.png", "e.png", "notes.md"):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "a.txt").write_text("a heart\n")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xff")
-    source = FolderSource(tmp_path)
-    assert [(item.key, item.caption) for item in source] == [("a.png", "a heart"), ("b.JPG", ""), ("c.webp", "")]
-    assert len(source) == 3
+    (tmp_path / "d.json").write_text('{"caption": "from json", "aesthetic": 7, "other": null}')
+    (tmp_path / "e.json").write_text("[1, 2]")
+    source = folder_source(tmp_path, ["aesthetic"])
+    assert captions_of(source) == {
+        "a.png": "a heart",
+        "b.JPG": None,
+        "c.webp": None,
+        "d.png": "from json",
+        "e.png": None,
+    }
+    described = {item.key: item.describe() for item in all_items(source)}
+    assert described["b.JPG"].problem == ".txt is not UTF-8" and described["e.png"].problem == ".json is no JSON object"
+    assert described["d.png"].scores == {"aesthetic": 7.0}
+
+
+def test_a_prefix_on_s3_is_as_good_as_a_folder(tmp_path: Path, s3: S3Bucket) -> None:
+    for name in ("a.png", "sub/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+        (tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}")
+    s3.upload(tmp_path, "some/pictures/")
+    source = folder_source(f"{s3.url}/some/pictures")
+    assert captions_of(source) == {"a.png": "caption of a.png", "sub/b.png": "caption of sub/b.png"}
+    assert [item.read() for item in all_items(source)] == [b"a.png", b"sub/b.png"]
+    write_listing(tmp_path, {"file": "sub/b.png", "caption": "listed"})
+    s3.upload(tmp_path, "some/pictures/")
+    assert captions_of(folder_source(f"{s3.url}/some/pictures")) == {"sub/b.png": "listed"}
 
 
 def test_a_missing_file_shows_when_it_is_read(tmp_path: Path) -> None:
     write_listing(tmp_path, {"file": "gone.png", "caption": "gone"})
-    (item,) = FolderSource(tmp_path)
-    with pytest.raises(OSError):
+    (item,) = all_items(folder_source(tmp_path))
+    with pytest.raises(FileNotFoundError):
         item.read()
+
+
+def test_new_captions_stand_beside_the_originals(tmp_path: Path) -> None:
+    write_listing(tmp_path, *({"file": f"{name}.png", "caption": name} for name in "ab"))
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "00000-of-00002.jsonl").write_text(caption_line("a.png", "a longer a"))
+    options = {"recaptions": {"long": str(new)}}
+    with pytest.raises(UserError, match=r"source\.recaptions\.long: .* must have the files of all partitions"):
+        folder_source(tmp_path, **options)
+    (new / "00001-of-00002.jsonl").write_text("")
+    source = folder_source(tmp_path, **options)
+    assert source.caption_names == ("original", "long")
+    assert [item.describe().captions for item in all_items(source)] == [
+        {"original": "a", "long": "a longer a"},
+        {"original": "b"},
+    ]
+    (new / "00001-of-00002.jsonl").write_text('{"key": "b.png"')
+    with pytest.raises(UserError, match=r"00001-of-00002\.jsonl, line 1 is damaged"):
+        folder_source(tmp_path, **options)
+    with pytest.raises(UserError, match=r"both have \['original'\]"):
+        folder_source(tmp_path, recaptions={"original": str(new)})
 
 
 def test_folders_without_captions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder of pictures at .*nowhere; change source\.path"):
-        FolderSource(tmp_path / "nowhere")
+        folder_source(tmp_path / "nowhere")
     (tmp_path / "a.png").write_bytes(b"A")
     with pytest.raises(UserError, match=r"1 pictures but no captions: neither captions\.jsonl"):
-        FolderSource(tmp_path)
+        folder_source(tmp_path)
+    for name in ("captions.jsonl", "captions.csv"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"both captions\.jsonl and captions\.csv; remove one"):
+        folder_source(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"file": "a.png", ', "line 2 is not JSON"),
-        ('{"file": "a.png"}', "line 2 must be"),
-        ('{"file": "a.png", "caption": 3}', "line 2 must be"),
-        ('["a.png", "a"]', "line 2 must be"),
+        ('{"file": "a.png"}', "line 2 must have"),
+        ('{"file": "a.png", "caption": 3}', "line 2 must have"),
+        ('["a.png", "a"]', "line 2 must have"),
         ('{"file": "../a.png", "caption": "a"}', "line 2: file '../a.png' must be a path inside the folder"),
         ('{"file": "/a.png", "caption": "a"}', "inside the folder"),
         ('{"file": "x.png", "caption": "a"}', "line 2: file 'x.png' is listed twice"),
@@ -73,11 +152,28 @@ def test_folders_without_captions_are_refused(tmp_path: Path) -> None:
 def test_lines_that_cannot_be_used_are_named(tmp_path: Path, line: str, message: str) -> None:
     write_listing(tmp_path, {"file": "x.png", "caption": "x"}, line)
     with pytest.raises(UserError, match=message):
-        FolderSource(tmp_path)
+        folder_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("file,caption\na.png,a,b\n", r"line 2 has another number of fields than the header \(2\)"),
+        ("file,caption\na.png\n", "line 2 has another number of fields"),
+        ("picture,caption\na.png,a\n", 'line 2 must have "file" and "caption"'),
+        ('file,caption\na.png,"a\n', "is not CSV"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(tmp_path: Path, rows: str, message: str) -> None:
+    (tmp_path / "captions.csv").write_text(rows)
+    with pytest.raises(UserError, match=message):
+        folder_source(tmp_path)
 
 
 def test_unknown_kinds_and_arguments_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"source\.kind is 'tar'; known kinds: folder"):
+    with pytest.raises(UserError, match=r"source\.kind is 'tar'; known kinds: folder, parquet, webdataset"):
         open_source({"kind": "tar", "path": "x"})
-    with pytest.raises(UserError, match="takes exactly 'path' besides 'kind', got \\['pth'\\]"):
+    with pytest.raises(UserError, match="source of kind 'folder': path is missing; unknown key pth; did you mean path"):
         open_source({"kind": "folder", "pth": str(tmp_path)})
+    with pytest.raises(UserError, match="captions"):
+        folder_source(tmp_path, captions={"Not a name": "caption"})

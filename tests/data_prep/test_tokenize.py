@@ -2,26 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from streaming.base.format.mds.reader import MDSReader
 
-from data_prep.tokenization import split_of, tokenize
+from data_prep.assembly import split_of
+from data_prep.tokenization import tokenize
 from star_dist.config import PrepConfig, parse_config
 from star_dist.data.pictures import crop_and_resize, decode_picture, normalize, to_tensor
 from star_dist.data.schema import decode_features, decode_tokens, read_metadata
 from star_dist.errors import UserError
 from star_dist.tokenizer.io import load_tokenizer
-
-
-def samples(root: Path, split: str) -> dict[str, dict[str, Any]]:
-    index = json.loads((root / split / "index.json").read_text())
-    readers = [MDSReader.from_json(str(root), split, shard) for shard in index["shards"]]
-    return {sample["key"]: sample for reader in readers for sample in (reader[i] for i in range(len(reader)))}
+from tests.data_prep.jobs import contents, samples
 
 
 def test_shards_hold_what_the_tokenizer_says(dataset_folder: Path, pictures_folder: Path, prep_values: dict) -> None:
@@ -32,7 +26,7 @@ def test_shards_hold_what_the_tokenizer_says(dataset_folder: Path, pictures_fold
     assert len(found) == 60
     for key, sample in list(found.items())[:5]:
         image = crop_and_resize(decode_picture((pictures_folder / key).read_bytes()), 16)
-        expected = tokenizer.encode(normalize(to_tensor(image)[None]), config.schedule)
+        expected = tokenizer.encode(normalize(to_tensor(image)[None]), config.all_resolutions[0].schedule)
         assert torch.equal(torch.from_numpy(decode_tokens(sample, metadata)), expected[0])
     assert set(samples(dataset_folder, "val")) == {key for key in found if split_of(key, 0.15) == "val"}
 
@@ -56,7 +50,7 @@ def test_unusable_pictures_are_skipped_counted_and_listed(tmp_path: Path, prep_v
         "validation_fraction": 0.0,
         "min_side": 8,
     }
-    metadata = tokenize(parse_config(PrepConfig, values))
+    metadata = tokenize(parse_config(PrepConfig, values))[16]
     assert metadata.splits == {"train": 1}
     assert sum(metadata.rejected.values()) == 6
     rejects = {}
@@ -78,12 +72,12 @@ def test_text_features_are_those_of_the_encoder(tmp_path: Path, prep_values: dic
 
     text = {"encoder": str(text_encoder_folder), "encoder_subfolder": "", "tokenizer_subfolder": "", "width": 16}
     config = parse_config(PrepConfig, prep_values | {"output": str(tmp_path / "set"), "text_features": text})
-    metadata = tokenize(config)
+    metadata = tokenize(config)[16]
     assert metadata.text_features == config.text_features
     encoder = TextEncoder(config.text_features, torch.device("cpu"))
     sample = next(iter(samples(tmp_path / "set", "val").values()))
-    expected_hidden, expected_pooled = encoder([sample["caption"]])[0]
-    hidden, pooled = decode_features(sample, 16)
+    expected_hidden, expected_pooled = encoder([sample["caption_original"]])[0]
+    hidden, pooled = decode_features(sample, "original", 16)
     assert np.abs(hidden - expected_hidden.numpy()).max() < 2e-3  # float16
     assert np.abs(pooled - expected_pooled.numpy()).max() < 2e-3
 
@@ -91,9 +85,9 @@ def test_text_features_are_those_of_the_encoder(tmp_path: Path, prep_values: dic
 def test_a_finished_output_is_reused_and_never_overwritten(tmp_path: Path, prep_values: dict) -> None:
     values = prep_values | {"output": str(tmp_path / "set")}
     first = tokenize(parse_config(PrepConfig, values))
-    before = (tmp_path / "set" / "train" / "shard.00000.mds").read_bytes()
+    before = contents(tmp_path / "set")
     assert tokenize(parse_config(PrepConfig, values)) == first
-    assert (tmp_path / "set" / "train" / "shard.00000.mds").read_bytes() == before
+    assert contents(tmp_path / "set") == before and not (tmp_path / "set.work").exists()
     with pytest.raises(UserError, match=r"made with validation_fraction = 0\.15, this job has 0\.5"):
         tokenize(parse_config(PrepConfig, values | {"validation_fraction": 0.5}))
 

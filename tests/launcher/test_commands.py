@@ -127,7 +127,7 @@ def test_dry_run_needs_nothing(config: str, parameters: str) -> None:
     for said in (
         parameters,
         "FLOPs per picture",
-        "state per GPU",
+        "memory per GPU",
         '"stage": 3',
         '"train_batch_size"',
         "tokens per picture",

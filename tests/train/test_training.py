@@ -74,7 +74,8 @@ def test_step_is_the_same_however_the_global_batch_is_split(run_config: MakeConf
 @pytest.mark.parametrize("power", [0.0, 0.5])
 def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig, power: float) -> None:
     """The engine against twenty lines of PyTorch: loss scaling, clipping, groups, rate, dropped captions, order."""
-    from star_dist.data.dataset import TrainBatches, drop_captions, fetch_metadata
+    from star_dist.data.batches import TrainBatches, drop_captions
+    from star_dist.data.fetch import fetch_metadata
     from star_dist.model.initialization import initialize_weights
     from star_dist.model.layout import PackedLayout
     from star_dist.model.star import STAR, pack_inputs
@@ -119,6 +120,19 @@ def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig, power
     (expected,) = run_ranks(plain, 1)
     for name, tensor in weights(config).items():
         assert (tensor - torch.from_numpy(expected[name])).abs().max() < WEIGHT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_changes_no_weight(run_config: MakeConfig, tmp_path: Path, mode: str) -> None:
+    """At ZeRO-3, where a block's weights are gathered again for what is computed again."""
+    configs = [
+        run_config(run_dir=str(tmp_path / each), train={"steps": 3, "activation_checkpointing": each})
+        for each in ("none", mode)
+    ]
+    for config in configs:
+        train_on(config, 2)
+    whole, again = map(weights, configs)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
 def test_initial_weights_are_the_same_partitioned_or_not(run_config: MakeConfig) -> None:

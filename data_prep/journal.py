@@ -1,0 +1,104 @@
+"""The unfinished work of one partition: chunks of tokenized pictures, so that a killed job loses at most one.
+
+JOURNAL/job                       hash of the job that the chunks are of
+JOURNAL/00000012/index.json, …    samples of one chunk with the tokens of all resolutions (MDS)
+JOURNAL/00000012/chunk.json       Chunk: where the next chunk starts in the source, and what was left out
+JOURNAL/00000012/rejects.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from streaming import MDSWriter
+from streaming.base.format.mds.reader import MDSReader
+from streaming.base.hashing import get_hash
+
+from data_prep.job import REJECTS_FILE
+from star_dist.config import Section
+from star_dist.data.schema import SHARD_HASH
+from star_dist.errors import UserError
+from star_dist.files import read_json_object, write_text_atomically
+
+CHUNK_FILE = "chunk.json"
+OWNER_FILE = "job"
+TEMPORARY = "partial-"
+SHARD_BYTES = 2**28
+
+
+class Chunk(Section):
+    """items: read from the source so far, this chunk included. unit, offset: where the next item is. last: the
+    partition has no more. rejected: of this chunk, by reason. too_small: of this chunk, by resolution."""
+
+    items: int = 0
+    unit: int = 0
+    offset: int = 0
+    last: bool = False
+    rejected: dict[str, int] = {}
+    too_small: dict[str, int] = {}
+
+
+class Journal:
+    """Complete chunks of one partition's job, in order; chunks of another job are thrown away."""
+
+    def __init__(self, folder: Path, job_hash: str, columns: dict[str, str]) -> None:
+        self.folder = folder
+        self.columns = columns
+        owner = folder / OWNER_FILE
+        if folder.exists() and not (owner.is_file() and owner.read_text() == job_hash):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(owner, job_hash)
+        self.chunks: list[Chunk] = []
+        while (path := self._path(len(self.chunks)) / CHUNK_FILE).is_file():
+            self.chunks.append(Chunk(**read_json_object(path, "")))
+
+    @property
+    def position(self) -> Chunk:
+        """The last complete chunk, or the beginning."""
+        return self.chunks[-1] if self.chunks else Chunk()
+
+    def append(self, chunk: Chunk, samples: Sequence[dict[str, Any]], rejects: Sequence[dict[str, str]]) -> None:
+        """Writes a chunk, which appears complete or not at all."""
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=TEMPORARY) as temporary:
+            partial = Path(temporary) / "chunk"
+            options = dict(columns=self.columns, hashes=[SHARD_HASH], size_limit=SHARD_BYTES)
+            with MDSWriter(out=str(partial), **options) as writer:
+                for sample in samples:
+                    writer.write(sample)
+            (partial / REJECTS_FILE).write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
+            (partial / CHUNK_FILE).write_text(chunk.model_dump_json())
+            os.replace(partial, self._path(len(self.chunks)))
+        self.chunks.append(chunk)
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """All samples of all chunks.
+
+        Raises:
+            UserError: a chunk was damaged after it was written (power loss, full disk).
+        """
+        for number in range(len(self.chunks)):
+            folder = self._path(number)
+            for shard in json.loads((folder / "index.json").read_text())["shards"]:
+                raw = shard["raw_data"]
+                if get_hash(SHARD_HASH, (folder / raw["basename"]).read_bytes()) != raw["hashes"][SHARD_HASH]:
+                    raise UserError(f"{folder} is damaged; remove {self.folder} and run the same command again")
+                reader = MDSReader.from_json(str(folder), None, shard)
+                for i in range(len(reader)):
+                    yield reader[i]
+
+    def copy_rejects(self, path: Path) -> None:
+        """Writes the rejects of all chunks into one file."""
+        with path.open("wb") as target:
+            for number in range(len(self.chunks)):
+                with (self._path(number) / REJECTS_FILE).open("rb") as source:
+                    shutil.copyfileobj(source, target)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:08}"

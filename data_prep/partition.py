@@ -1,0 +1,96 @@
+"""Partitions of a job: which part of a source one worker takes, by a rule that depends on nothing but i and N."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from star_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Part `index`, counted from 0, of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Partition:
+        """Reads `i/N`.
+
+        Raises:
+            UserError: another form, or i is not in 0 … N-1.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None:
+            raise UserError(f"--partition is i/N with i counted from 0, such as 3/64, got {text!r}")
+        index, count = map(int, match.groups())
+        if index >= count:
+            raise UserError(
+                f"--partition {text}: i is counted from 0 and must be below N; the last is {count - 1}/{count}"
+            )
+        return cls(index, count)
+
+    @property
+    def name(self) -> str:
+        """A folder name that sorts by index."""
+        return f"{self.index:05}-of-{self.count:05}"
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def of(self, units: Sequence[str]) -> Sequence[str]:
+        """Every count-th unit of a source, from the index-th on.
+
+        Raises:
+            UserError: there are fewer units than partitions, so that some would be empty.
+        """
+        if self.count > len(units):
+            raise UserError(
+                f"--partition {self} asks for {self.count} partitions of a source of {len(units)} units (pictures of a "
+                f"folder, or tar or Parquet files); ask for at most {len(units)}"
+            )
+        return units[self.index :: self.count]
+
+
+@contextmanager
+def exclusive(folder: Path, what: str) -> Iterator[None]:
+    """Holds a lock beside a working folder; the kernel gives it back however the process ends.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written.
+    """
+    path = folder.with_name(folder.name + ".lock")
+    with _locked(path, f"another worker is at {what} in {folder}; wait for it, or stop it"):
+        yield
+        path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, refusal: str) -> IO[str]:
+    """An open lock file that this process holds, and that is still the one at the path."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = path.open("a")
+        except FileNotFoundError:
+            continue  # the folder was removed by a worker that had nothing left there
+        except OSError as error:
+            raise UserError(f"cannot write to {path.parent}: {error.strerror}; change work") from None
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.close()
+            raise UserError(refusal) from None
+        except OSError as error:
+            print(f"warning: {path} cannot be locked ({error.strerror}): start one worker at a time", file=sys.stderr)
+        if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+            return lock
+        lock.close()  # whoever held it before has removed it

@@ -1,0 +1,122 @@
+"""One picture from the source to the tokenizer: captions and scores checked, read, decoded, cropped and resized."""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+
+from torch import Tensor
+
+from data_prep.sources import Description, SourceItem
+from star_dist.config import PrepConfig
+from star_dist.data.pictures import UnreadablePicture, crop_and_resize, decode_picture, to_tensor
+from star_dist.errors import UserError
+
+# What is wrong with one file's name or rights; anything else is the storage's fault, and no reason to drop a picture.
+FILE_FAULTS = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+)
+
+
+class Rejected(ValueError):
+    """A captioned picture that the data set leaves out; the message is the reason that it is counted under."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture ready for the tokenizer, or the reason why there is none.
+
+    pictures: (3, side, side) uint8 by resolution; too_small: resolutions that leave this picture out. read_s,
+    decode_s: seconds of this thread.
+    """
+
+    key: str
+    captions: Mapping[str, str] = field(default_factory=dict)
+    pictures: Mapping[int, Tensor] = field(default_factory=dict)
+    too_small: tuple[int, ...] = ()
+    reason: str | None = None
+    read_s: float = 0.0
+    decode_s: float = 0.0
+
+
+def prepare(item: SourceItem, config: PrepConfig, caption_names: tuple[str, ...]) -> Prepared:
+    """Reads, checks, crops and resizes one picture; never raises for what is wrong with the picture.
+
+    Raises:
+        UserError: the storage fails, so that nothing is known of the picture.
+    """
+    started = time.perf_counter()
+    try:
+        description = item.describe()
+        captions = {name: description.captions.get(name, "") for name in caption_names}
+        _check_description(description, captions, config)
+        data = item.read()
+        read_at = time.perf_counter()
+        image = decode_picture(data, lambda width, height: _check_size(width, height, config))
+    except (UnreadablePicture, Rejected) as error:
+        return Prepared(item.key, reason=str(error))
+    except OSError as error:
+        if error.errno in FILE_FAULTS:
+            return Prepared(item.key, reason=f"unreadable file: {error.strerror}")
+        raise UserError(f"cannot read {item.key}: {error.strerror or error}; run the same command again") from None
+    wanted = [section for section in config.all_resolutions if min(image.size) >= section.min_side]
+    pictures = {
+        section.resolution: to_tensor(crop_and_resize(image, section.resolution)).contiguous() for section in wanted
+    }
+    left_out = tuple(section.resolution for section in config.all_resolutions if section.resolution not in pictures)
+    return Prepared(
+        item.key,
+        captions,
+        pictures,
+        left_out,
+        reason=None if pictures else "too small",
+        read_s=read_at - started,
+        decode_s=time.perf_counter() - read_at,
+    )
+
+
+def prepare_all(
+    items: Iterable[SourceItem], config: PrepConfig, caption_names: tuple[str, ...], workers: int
+) -> Iterator[Prepared]:
+    """Prepares pictures on threads some batches ahead, in the source's order."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
+        submitted = (pool.submit(prepare, item, config, caption_names) for item in items)
+        ahead = deque(islice(submitted, 2 * config.batch + 2 * workers))
+        try:
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(islice(submitted, 1))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_description(description: Description, captions: Mapping[str, str], config: PrepConfig) -> None:
+    if description.problem is not None:
+        raise Rejected(description.problem)
+    if not next(iter(captions.values())):
+        raise Rejected("empty caption")
+    lengths = [len(caption) for caption in captions.values() if caption]
+    if min(lengths) < config.min_caption_chars:
+        raise Rejected("caption too short")
+    if max(lengths) > config.max_caption_chars:
+        raise Rejected("caption too long")
+    for name, least in config.min_scores.items():
+        score = description.scores.get(name, math.nan)
+        if math.isnan(score):
+            raise Rejected(f"no {name} score")
+        if score < least:
+            raise Rejected(f"low {name} score")
+
+
+def _check_size(width: int, height: int, config: PrepConfig) -> None:
+    """Before decoding, so that pictures that are left out anyway cost nothing."""
+    if min(width, height) < max(config.min_side, 1):
+        raise Rejected("too small")
+    if config.max_aspect is not None and max(width, height) > config.max_aspect * min(width, height):
+        raise Rejected("aspect too extreme")

@@ -1,0 +1,127 @@
+"""Parquet files in Hugging Face's layout: a column of pictures, {bytes, path} or plain bytes, beside their captions.
+
+Where a picture has a path and no bytes, the path is taken from the Parquet file's own folder. Units are files; those on
+S3 are copied to a temporary file first. A picture's key is the value of `key_column`, or the file's path and the row.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_prep.recaptions import read_unit_captions
+from data_prep.sources import Description, SourceBase, SourceItem, SourceOptions
+from star_dist.config import StorageSection
+from star_dist.errors import UserError
+from star_dist.object_store import FolderStore
+
+ROWS_AT_ONCE = 64  # pictures held in memory
+
+
+class ParquetOptions(SourceOptions):
+    """image_column: the pictures. key_column: a column that is unique in the whole source; null counts rows."""
+
+    image_column: str = "image"
+    key_column: str | None = None
+
+
+class Source(SourceBase):
+    """All .parquet files under a folder or prefix; see the module.
+
+    Raises:
+        UserError: there are none, pyarrow is not installed, or (from `open`) a damaged file or a missing column.
+    """
+
+    Options = ParquetOptions
+
+    def __init__(self, options: ParquetOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
+        super().__init__(options, storage, score_names)
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError:
+            raise UserError("pyarrow is not installed, which Parquet needs: pip install -e '.[prep]'") from None
+        self.units = sorted(entry.name for entry in self.store.list() if entry.name.endswith(".parquet"))
+        if not self.units:
+            raise UserError(f"no .parquet files at {options.path}; change source.path")
+        self._recaption_stores = self.recaption_stores()
+
+    def open(self, unit: str) -> _ParquetFile:
+        recaptions = read_unit_captions(self._recaption_stores, self.caption_file(unit, ""))
+        return _ParquetFile(self, unit, recaptions)
+
+
+class _ParquetFile:
+    """Rows of one file, read a few at a time."""
+
+    def __init__(self, source: Source, unit: str, recaptions: Mapping[str, Mapping[str, str]]) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        self.source, self.unit, self.recaptions = source, unit, recaptions
+        options = source.options
+        self.place = place = f"{options.path}/{unit}"
+        try:
+            if isinstance(source.store, FolderStore):
+                self.file = pyarrow.parquet.ParquetFile(source.store.path / unit)
+            else:
+                with tempfile.TemporaryDirectory(prefix="star-dist-parquet-") as folder:
+                    source.store.download(unit, Path(folder) / "file")
+                    # The open file outlives the folder; the system frees it when nobody holds it.
+                    self.file = pyarrow.parquet.ParquetFile(pyarrow.OSFile(str(Path(folder) / "file")))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{place} is no whole Parquet file ({error}); fetch it again, or remove it") from None
+        wanted = [options.image_column, *options.captions.values(), *source.score_names]
+        self.columns = list(dict.fromkeys(wanted + ([options.key_column] if options.key_column else [])))
+        present = self.file.schema_arrow.names
+        if missing := [column for column in self.columns if column not in present]:
+            raise UserError(
+                f"{place} has no column {', '.join(map(repr, missing))}; it has {present}; change "
+                f"source (image_column, key_column, captions) or min_scores"
+            )
+        kind = self.file.schema_arrow.field(options.image_column).type
+        is_bytes = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+        if not is_bytes and not pyarrow.types.is_struct(kind):
+            raise UserError(
+                f"{place}: column {options.image_column!r} is {kind}, expected bytes or a struct of bytes and path; "
+                f"change source.image_column"
+            )
+
+    def __len__(self) -> int:
+        return self.file.metadata.num_rows
+
+    def __iter__(self) -> Iterator[SourceItem]:
+        key_column = self.source.options.key_column
+        for row, fields in enumerate(self._rows()):
+            key = f"{self.unit}/{row:08}" if key_column is None else str(fields[key_column])
+            picture = fields.pop(self.source.options.image_column)
+            yield SourceItem(key, partial(self._describe, key, picture, fields), partial(self._read, picture))
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """Raises UserError for pages that are damaged."""
+        import pyarrow
+
+        try:
+            for batch in self.file.iter_batches(batch_size=ROWS_AT_ONCE, columns=self.columns):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{self.place} is damaged ({reason}); fetch it again, or remove it") from None
+
+    def _describe(self, key: str, picture: Any, fields: dict[str, Any]) -> Description:
+        if picture is None or (isinstance(picture, dict) and not (picture.get("bytes") or picture.get("path"))):
+            return Description(problem="no picture in the row")
+        recaptions = {name: texts[key] for name, texts in self.recaptions.items() if key in texts}
+        return self.source.description(fields, recaptions)
+
+    def _read(self, picture: Any) -> bytes:
+        if isinstance(picture, bytes):
+            return picture
+        if picture.get("bytes"):
+            return picture["bytes"]
+        path = PurePosixPath(picture["path"])
+        if path.is_absolute() or ".." in path.parts:
+            raise FileNotFoundError(2, "path outside of the source", str(path))
+        return self.source.store.read(str(PurePosixPath(self.unit).parent / path))

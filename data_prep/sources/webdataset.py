@@ -1,0 +1,119 @@
+"""WebDataset tars as img2dataset writes them: for each sample KEY.jpg, KEY.txt and KEY.json, in one run of members.
+
+The .txt is the first caption, the .json's fields are the others and the scores. Units are tars; those on S3 are copied
+to a temporary file first. A picture's key is the tar's path and the sample's key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from data_prep.recaptions import read_unit_captions
+from data_prep.sources import Description, SourceBase, SourceItem, SourceOptions
+from star_dist.config import StorageSection
+from star_dist.data.pictures import PICTURE_SUFFIXES
+from star_dist.errors import UserError
+from star_dist.object_store import FolderStore
+
+BLOCK_BYTES = 512
+
+
+class Source(SourceBase):
+    """All .tar files under a folder or prefix; see the module.
+
+    Raises:
+        UserError: there are none, or (from `open`) a tar that is cut short or holds no picture.
+    """
+
+    def __init__(self, options: SourceOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
+        super().__init__(options, storage, score_names)
+        self.units = sorted(entry.name for entry in self.store.list() if entry.name.endswith(".tar"))
+        if not self.units:
+            raise UserError(f"no .tar files at {options.path}; change source.path")
+        self._recaption_stores = self.recaption_stores()
+
+    def open(self, unit: str) -> _Tar:
+        recaptions = read_unit_captions(self._recaption_stores, self.caption_file(unit, ""))
+        return _Tar(self, unit, self._open_file(unit), recaptions)
+
+    def _open_file(self, unit: str) -> BinaryIO:
+        if isinstance(self.store, FolderStore):
+            return (self.store.path / unit).open("rb")
+        with tempfile.TemporaryDirectory(prefix="star-dist-tar-") as folder:
+            path = Path(folder) / "tar"
+            self.store.download(unit, path)
+            return path.open("rb")  # outlives the folder; the system frees it when nobody holds it
+
+
+class _Tar:
+    """Samples of one tar; members are read by position, so any thread may read any of them."""
+
+    def __init__(self, source: Source, unit: str, file: BinaryIO, recaptions: Mapping[str, Mapping[str, str]]) -> None:
+        self.source, self.unit, self.file, self.recaptions = source, unit, file, recaptions
+        self.place = f"{source.options.path}/{unit}"
+        self.samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+        self.repeated: set[str] = set()
+        for member in self._members():
+            folder, _, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            sample = self.samples.setdefault(key, {})
+            if f".{suffix.lower()}" in sample:
+                self.repeated.add(key)
+            sample[f".{suffix.lower()}"] = member
+        if not any(PICTURE_SUFFIXES & sample.keys() for sample in self.samples.values()):
+            raise UserError(f"{self.place} holds {len(self.samples)} samples but no picture; change source.path")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[SourceItem]:
+        for key in self.samples:
+            yield SourceItem(f"{self.unit}/{key}", partial(self._describe, key), partial(self._read_picture, key))
+
+    def _members(self) -> list[tarfile.TarInfo]:
+        """Raises UserError for a tar that ends too early, which the library takes for its end in some places."""
+        try:
+            with tarfile.open(fileobj=self.file, mode="r:") as tar:
+                members = tar.getmembers()
+                end = tar.offset
+        except tarfile.TarError as error:
+            raise UserError(f"{self.place} is no whole tar ({error}); fetch it again, or remove it") from None
+        if os.pread(self.file.fileno(), BLOCK_BYTES, end) != bytes(BLOCK_BYTES):
+            raise UserError(f"{self.place} is cut short or damaged at byte {end}; fetch it again, or remove it")
+        return [member for member in members if member.isfile()]
+
+    def _read(self, member: tarfile.TarInfo) -> bytes:
+        return os.pread(self.file.fileno(), member.size, member.offset_data)
+
+    def _read_picture(self, key: str) -> bytes:
+        return self._read(next(self.samples[key][suffix] for suffix in self.samples[key] if suffix in PICTURE_SUFFIXES))
+
+    def _describe(self, key: str) -> Description:
+        sample = self.samples[key]
+        if key in self.repeated:
+            return Description(problem="key twice in a tar")
+        if not PICTURE_SUFFIXES & sample.keys():
+            return Description(problem="no picture in the sample")
+        fields = {}
+        try:
+            if ".json" in sample:
+                fields = json.loads(self._read(sample[".json"]))
+            if not isinstance(fields, dict):
+                return Description(problem=".json is no JSON object")
+            if ".txt" in sample:
+                fields[next(iter(self.source.options.captions.values()))] = self._read(sample[".txt"]).decode("utf-8")
+        except UnicodeDecodeError:
+            return Description(problem=".txt or .json is not UTF-8")
+        except json.JSONDecodeError:
+            return Description(problem=".json is no JSON object")
+        name = f"{self.unit}/{key}"
+        recaptions = {caption: texts[name] for caption, texts in self.recaptions.items() if name in texts}
+        return self.source.description(fields, recaptions)

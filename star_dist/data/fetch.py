@@ -1,0 +1,89 @@
+"""What is read of a data set before anything streams: its metadata, the empty caption, sizes of local shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from star_dist.config import DataSection, DataSource
+from star_dist.data.schema import EMPTY_CAPTION_FILE, METADATA_FILE, DatasetMetadata, read_metadata
+from star_dist.data.streams import apply_s3_settings
+from star_dist.errors import UserError
+from star_dist.object_store import open_store
+from star_dist.text import TextFeatures
+from star_dist.weights import read_weights
+
+
+def fetch_metadata(data: DataSection) -> list[DatasetMetadata]:
+    """Reads `dataset.json` of every source, and keeps that of a remote one in its local cache.
+
+    Raises:
+        UserError: no data set there, a remote that cannot be read, or a cache that holds another version of it.
+    """
+    apply_s3_settings(data)
+    return [_fetch_metadata(data, source) for source in data.all_sources]
+
+
+def _fetch_metadata(data: DataSection, source: DataSource) -> DatasetMetadata:
+    local = Path(source.local)
+    if source.remote is None:
+        return read_metadata(local)
+    local.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=local) as fetched:
+        _download(data, source, METADATA_FILE, Path(fetched))
+        metadata = read_metadata(Path(fetched))
+        # Streaming takes whatever shard it finds in the cache for the remote's.
+        if (local / METADATA_FILE).is_file() and read_metadata(local) != metadata:
+            raise UserError(f"the cache {local} holds another version of {source.remote}; remove the folder")
+        os.replace(Path(fetched) / METADATA_FILE, local / METADATA_FILE)
+    return metadata
+
+
+def fetch_empty_caption(data: DataSection) -> TextFeatures:
+    """Stored features of the empty caption, for data sets with text features.
+
+    Raises:
+        UserError: the file is missing or damaged, or the remote cannot be read.
+    """
+    source = data.all_sources[0]  # the text encoder is the same for all, so the features of "" are too
+    with tempfile.TemporaryDirectory() as fetched:
+        folder = Path(source.local) if source.remote is None else Path(fetched)
+        if source.remote is not None:
+            _download(data, source, EMPTY_CAPTION_FILE, folder)
+        tensors = read_weights(folder / EMPTY_CAPTION_FILE)
+    return TextFeatures.pack([(tensors["text_hidden"], tensors["text_pooled"])])
+
+
+def _download(data: DataSection, source: DataSource, name: str, folder: Path) -> None:
+    """Copies one small file of a remote data set into a folder."""
+    try:
+        store = open_store(source.remote, endpoint=data.s3_endpoint_url, region=data.s3_region)
+        (folder / name).write_bytes(store.read(name))  # read, because answers to the HEAD of a download give no reason
+    except FileNotFoundError:
+        raise UserError(f"no data set at {source.remote}: it has no {name} (data_prep.tokenize writes it)") from None
+
+
+def check_local_shards(data: DataSection, split: str) -> None:
+    """Compares every shard of a local data set with the size that its index records.
+
+    Raises:
+        UserError: naming the split or the shard that is missing or damaged.
+    """
+    for source in data.all_sources:
+        if source.remote is None:  # shards of a remote are checked as they are downloaded
+            _check_local_shards(Path(source.local), split)
+
+
+def _check_local_shards(root: Path, split: str) -> None:
+    index = root / split / "index.json"
+    if not index.is_file():
+        raise UserError(f"no split {split!r} in the data set at {root}: {index} does not exist")
+    for shard in json.loads(index.read_text())["shards"]:
+        file = shard["zip_data"] or shard["raw_data"]
+        path = index.parent / file["basename"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != file["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(f"shard {path} {found}, its index says {file['bytes']}; copy the data set again")

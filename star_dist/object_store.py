@@ -1,0 +1,276 @@
+"""Folders and S3 prefixes behind one interface: list, read, write, and errors in one line. Imports no torch.
+
+Credentials come from the ordinary AWS chain (environment, profile, instance role). The endpoint of another store than
+Amazon's is given, or read from S3_ENDPOINT_URL, the variable that mosaicml-streaming reads too. No message ever holds
+a key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from star_dist.errors import UserError
+
+S3_SCHEME = "s3://"
+ENDPOINT_VARIABLE = "S3_ENDPOINT_URL"
+CONNECT_TIMEOUT_S = 10
+READ_TIMEOUT_S = 60
+ATTEMPTS = 8  # with growing pauses, about a minute of a store that answers 503
+CONNECTIONS = 64
+
+REFUSALS = {
+    "InvalidAccessKeyId": "the store does not know the access key; check AWS_ACCESS_KEY_ID or the profile",
+    "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or the profile",
+    "ExpiredToken": "the session token has expired; renew it",
+    "InvalidToken": "the session token is wrong; check AWS_SESSION_TOKEN",
+    "NoSuchBucket": "the bucket does not exist; create it or change the URL",
+    "AccessDenied": "the credentials may not do this; check the bucket's policy and the keys",
+    "403": "the credentials may not do this; check the bucket's policy and the keys",
+    "PermanentRedirect": "the bucket is in another region; set AWS_DEFAULT_REGION",
+    "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_DEFAULT_REGION",
+    "InvalidBucketName": "that is no bucket name; change the URL",
+}
+ABSENT_CODES = frozenset({"NoSuchKey", "404", "NotFound"})
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """name: path under the store's URL, with forward slashes."""
+
+    name: str
+    num_bytes: int
+
+
+class ObjectStore(Protocol):
+    """Objects under a URL, by name. Threads may share one; processes forked from its owner may use it too.
+
+    A name that does not exist is a FileNotFoundError; whatever else goes wrong with S3, after retries, is a UserError.
+    An object appears complete or not at all.
+    """
+
+    url: str
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        """All objects whose name starts with `prefix`, in no order: not every store sorts as Amazon's does."""
+
+    def read(self, name: str) -> bytes: ...
+
+    def download(self, name: str, path: Path) -> None:
+        """Copies an object to a local file, which appears complete or not at all."""
+
+    def write(self, name: str, data: bytes) -> None: ...
+
+    def upload(self, path: Path, name: str) -> None:
+        """Copies a local file to an object."""
+
+    def exists(self, name: str) -> bool: ...
+
+
+def is_s3(url: str) -> bool:
+    return url.startswith(S3_SCHEME)
+
+
+def open_store(url: str | os.PathLike[str], *, endpoint: str | None = None, region: str | None = None) -> ObjectStore:
+    """The store at a local folder or `s3://bucket/prefix`; contacts nothing yet.
+
+    Raises:
+        UserError: another scheme, or no bucket in the URL.
+    """
+    url = os.fspath(url)
+    if is_s3(url):
+        return S3Store(url, endpoint, region)
+    if "://" in url:
+        raise UserError(f"{url} has scheme {url.partition('://')[0]!r}; give a local path or s3://bucket/prefix")
+    return FolderStore(url)
+
+
+def check_access(url: str, *, endpoint: str | None = None, region: str | None = None) -> None:
+    """Finds out with one small request whether something can be read at a URL.
+
+    Raises:
+        UserError: no or wrong credentials, no such bucket or folder, an unreachable store, or nothing there.
+    """
+    store = open_store(url, endpoint=endpoint, region=region)
+    if next(store.list(), None) is None:
+        raise UserError(f"there is nothing at {url}; check bucket and prefix")
+
+
+class FolderStore:
+    """A local folder (see `ObjectStore`)."""
+
+    def __init__(self, path: str) -> None:
+        self.url = path
+        self.path = Path(path)
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        """The folder need not exist."""
+        for folder, _, files in os.walk(self.path / prefix.rpartition("/")[0]):
+            for file in files:
+                path = Path(folder, file)
+                name = path.relative_to(self.path).as_posix()
+                if name.startswith(prefix) and path.is_file():
+                    yield StoredObject(name, path.stat().st_size)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def download(self, name: str, path: Path) -> None:
+        _copy(self.path / name, path)
+
+    def write(self, name: str, data: bytes) -> None:
+        with _replaced(self.path / name) as partial:
+            partial.write_bytes(data)
+
+    def upload(self, path: Path, name: str) -> None:
+        _copy(path, self.path / name)
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+
+class S3Store:
+    """`s3://bucket/prefix` on Amazon S3 or any store that speaks its protocol (see `ObjectStore`)."""
+
+    def __init__(self, url: str, endpoint: str | None = None, region: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.bucket, _, prefix = self.url.removeprefix(S3_SCHEME).partition("/")
+        if not self.bucket:
+            raise UserError(f"{url!r} names no bucket; give s3://bucket/prefix")
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.endpoint = endpoint or os.environ.get(ENDPOINT_VARIABLE)
+        self.region = region
+        self._client: tuple[int, Any] | None = None
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        with self._explained("list", prefix):
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self.prefix + prefix
+            )
+            for page in pages:
+                for entry in page.get("Contents", ()):
+                    if not entry["Key"].endswith("/"):  # the marker of an empty folder
+                        yield StoredObject(entry["Key"].removeprefix(self.prefix), entry["Size"])
+
+    def read(self, name: str) -> bytes:
+        with self._explained("read", name):
+            return self._read_with_retries(name)
+
+    def download(self, name: str, path: Path) -> None:
+        with self._explained("read", name), _replaced(path) as partial:
+            self.client.download_file(self.bucket, self.prefix + name, str(partial))
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._explained("write", name):
+            self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=data)
+
+    def upload(self, path: Path, name: str) -> None:
+        with self._explained("write", name):
+            self.client.upload_file(str(path), self.bucket, self.prefix + name)
+
+    def exists(self, name: str) -> bool:
+        try:
+            with self._explained("read", name):
+                self.client.head_object(Bucket=self.bucket, Key=self.prefix + name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    @property
+    def client(self) -> Any:
+        """This process's client: connections must not be shared with a process that was forked.
+
+        Raises:
+            UserError: an AWS profile or endpoint that cannot be used.
+        """
+        if self._client is None or self._client[0] != os.getpid():
+            import botocore.exceptions
+            from boto3.session import Session
+            from botocore.config import Config
+
+            options = Config(
+                retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+                connect_timeout=CONNECT_TIMEOUT_S,
+                read_timeout=READ_TIMEOUT_S,
+                max_pool_connections=CONNECTIONS,
+            )
+            try:
+                client = Session(region_name=self.region).client("s3", endpoint_url=self.endpoint, config=options)
+            except (botocore.exceptions.BotoCoreError, ValueError) as error:
+                raise UserError(f"cannot use S3 for {self.url}: {error}") from None
+            self._client = os.getpid(), client
+        return self._client[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_client": None}
+
+    def _read_with_retries(self, name: str) -> bytes:
+        """The client retries requests, but not a body that ends early, stalls or differs from its checksum."""
+        import botocore.exceptions as broken
+
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read()
+            except (
+                broken.ResponseStreamingError,
+                broken.ReadTimeoutError,
+                broken.IncompleteReadError,
+                broken.FlexibleChecksumError,
+            ):
+                if attempt == ATTEMPTS:
+                    raise
+        raise AssertionError("unreachable")
+
+    @contextlib.contextmanager
+    def _explained(self, action: str, name: str) -> Iterator[None]:
+        """Turns what the client raises into one line that says what to change."""
+        import boto3.exceptions
+        import botocore.exceptions
+
+        try:
+            yield
+        except boto3.exceptions.Boto3Error as error:
+            self._explain(action, name, error.__context__ or error)
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
+            self._explain(action, name, error)
+
+    def _explain(self, action: str, name: str, error: BaseException) -> NoReturn:
+        import botocore.exceptions as broken
+
+        where = f"{self.url}/{name}"
+        at = f" (endpoint {self.endpoint})" if self.endpoint else ""
+        if isinstance(error, broken.NoCredentialsError | broken.PartialCredentialsError):
+            reason = "there are no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        elif isinstance(error, broken.EndpointConnectionError | broken.ConnectTimeoutError):
+            reason = f"the store cannot be reached; check the endpoint ({ENDPOINT_VARIABLE}) and the network"
+        elif isinstance(error, broken.ClientError):
+            code = str(error.response.get("Error", {}).get("Code", "unknown"))
+            if code in ABSENT_CODES:
+                raise FileNotFoundError(2, os.strerror(2), where) from None
+            reason = REFUSALS.get(code, f"the store answered {code}")
+        else:
+            reason = f"{type(error).__name__} after {ATTEMPTS} attempts; try again when the store answers"
+        raise UserError(f"cannot {action} {where}{at}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which then takes its place; gone when writing fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with _replaced(target) as partial:
+        shutil.copyfile(source, partial)

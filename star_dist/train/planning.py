@@ -1,0 +1,148 @@
+"""What a run will need, from its configuration: memory per GPU by part, step time, communication, days, storage.
+
+Imports no torch, so that it runs on a login node. Everything here is reckoned, not measured; what each number rests on
+stands beside it. GiB are 2^30 bytes, GB and TB powers of ten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from star_dist.config import RunConfig
+from star_dist.model.flops import training_flops
+from star_dist.model.size import activation_bytes, parameter_count
+
+FLOAT32_BYTES = 4
+# DeepSpeed 0.19's defaults, in elements (https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training)
+DEFAULT_BUCKETS = {"reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 5e7}
+USABLE_MEMORY = 0.92  # the rest goes to the CUDA context, NCCL and fragmentation
+CAPTION_BYTES = 200  # of one sample beside its tokens: caption, key and MDS offsets
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data-sheet values: memory in GB, dense bf16 peak in TFLOP/s, link inside a node and to other nodes in GB/s.
+
+    links: one direction per GPU; NVLink inside, 400 Gbit/s InfiniBand per GPU outside (PCIe and 100 Gbit/s for L40S).
+    """
+
+    memory_gb: float
+    peak_tflops: float
+    node_link: float
+    cluster_link: float
+
+
+GPUS = {
+    "a100-40": Gpu(40, 312, 300, 25),
+    "a100-80": Gpu(80, 312, 300, 25),
+    "h100": Gpu(80, 989, 450, 50),
+    "h200": Gpu(141, 989, 450, 50),
+    "b200": Gpu(180, 2250, 900, 50),
+    "l40s": Gpu(48, 362, 32, 12.5),
+}
+
+
+def bytes_per_value(config: RunConfig) -> int:
+    """Of weights in use and activations."""
+    return 2 if config.train.precision == "bf16" else FLOAT32_BYTES
+
+
+def state_bytes(config: RunConfig, gpus: int) -> dict[str, float]:
+    """Weights, gradients, fp32 masters and Adam moments per GPU, as the ZeRO stage partitions them."""
+    parameters, low, stage = parameter_count(config.star_config()), bytes_per_value(config), config.train.zero_stage
+    masters = FLOAT32_BYTES if low == 2 else 0
+    return {
+        "parameters": parameters * low / (gpus if stage >= 3 else 1),
+        "gradients": parameters * low / (gpus if stage >= 2 else 1),
+        "optimizer": parameters * (masters + 2 * FLOAT32_BYTES) / (gpus if stage >= 1 else 1),
+    }
+
+
+def memory_bytes(config: RunConfig, gpus: int, micro_batch: int) -> dict[str, float]:
+    """Memory per GPU by part; frozen tokenizer and text encoder not counted (their files are not opened)."""
+    star = config.star_config()
+    parts = state_bytes(config, gpus)
+    if gpus > 1:
+        zero = DEFAULT_BUCKETS | config.deepspeed.get("zero_optimization", {})
+        names = list(DEFAULT_BUCKETS) if config.train.zero_stage == 3 else ["reduce_bucket_size"]
+        limit = parameter_count(star)
+        parts["communication buckets"] = sum(min(zero[name], limit) for name in names) * bytes_per_value(config)
+    activations = activation_bytes(
+        star,
+        micro_batch * config.schedule.num_tokens,
+        bytes_per_value(config),
+        config.train.activation_checkpointing,
+    )
+    return parts | {
+        "activations": activations["kept for the backward pass"],
+        "head or block": activations["head or block"],
+    }
+
+
+def largest_micro_batch(config: RunConfig, gpus: int, memory_gb: float) -> int | None:
+    """Largest micro-batch that fits and divides the global batch evenly over the GPUs; None if not even 1 fits."""
+    per_gpu = config.train.global_batch // gpus
+    fits = [
+        size
+        for size in range(1, per_gpu + 1)
+        if per_gpu % size == 0 and sum(memory_bytes(config, gpus, size).values()) <= USABLE_MEMORY * memory_gb * 1e9
+    ]
+    return fits[-1] if fits else None
+
+
+def communication_bytes(config: RunConfig, gpus: int) -> float:
+    """Bytes that each GPU sends in one optimizer step (ring collectives move (n - 1) / n of a tensor).
+
+    ZeRO-1 and 2: gradients are reduced and updated weights gathered once. ZeRO-3: every micro-batch gathers the weights
+    forwards and backwards and reduces the gradients.
+    """
+    size = parameter_count(config.star_config()) * bytes_per_value(config) * (gpus - 1) / gpus
+    stage, rounds = config.train.zero_stage, config.accumulation_steps(gpus)
+    return size * {1: 2, 2: 1 + rounds, 3: 3 * rounds}[stage]
+
+
+def plan(
+    config: RunConfig, gpus: int, gpu_name: str, gpus_per_node: int, mfu: float, pictures: float
+) -> dict[str, Any]:
+    """Everything at once, in SI units, as `launcher/plan.py --json` writes it."""
+    gpu = GPUS[gpu_name]
+    star, schedule = config.star_config(), config.schedule
+    memory = memory_bytes(config, gpus, config.train.micro_batch)
+    flops_per_picture = training_flops(star, schedule, config.text.max_tokens)
+    step_flops = flops_per_picture * config.train.global_batch
+    compute_s = step_flops / (gpus * gpu.peak_tflops * 1e12 * mfu)
+    sent = communication_bytes(config, gpus)
+    link = gpu.node_link if gpus <= gpus_per_node else gpu.cluster_link
+    communication_s = sent / (link * 1e9)
+    step_s = max(compute_s, communication_s)
+    images_per_s = config.train.global_batch / step_s
+    token_bytes = schedule.num_tokens * (2 if config.tokenizer.vocab_size <= 2**16 else 4)
+    feature_bytes = 2 * config.text.width * (config.text.max_tokens + 1)
+    return {
+        "parameters": parameter_count(star),
+        "tokens_per_picture": schedule.num_tokens,
+        "visible_pairs_share": schedule.visible_pairs / schedule.num_tokens**2,
+        "micro_batch": config.train.micro_batch,
+        "accumulation_steps": config.accumulation_steps(gpus),
+        "memory_bytes": memory,
+        "memory_total_bytes": sum(memory.values()),
+        "gpu_memory_bytes": gpu.memory_gb * 1e9,
+        "largest_micro_batch": largest_micro_batch(config, gpus, gpu.memory_gb),
+        "flops_per_picture": flops_per_picture,
+        "flops_per_step": step_flops,
+        "assumed_mfu": mfu,
+        "compute_s": compute_s,
+        "communication_bytes": sent,
+        "link_gb_per_s": link,
+        "communication_s": communication_s,
+        "step_s": step_s,
+        "images_per_s": images_per_s,
+        "pictures": pictures,
+        "days": pictures / images_per_s / 86400,
+        "gpu_hours": gpus * pictures / images_per_s / 3600,
+        "storage_bytes_per_picture": {
+            "tokens and caption": token_bytes + CAPTION_BYTES,
+            "text features": feature_bytes,
+        },
+    }

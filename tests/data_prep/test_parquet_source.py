@@ -1,0 +1,85 @@
+"""Parquet files in Hugging Face's layout, on disk and on S3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_prep.sources import open_source
+from star_dist.errors import UserError
+from tests.s3 import S3Bucket
+
+PICTURES = [
+    {"bytes": b"picture 0", "path": "0.png"},
+    {"bytes": None, "path": "files/1.png"},
+    {"bytes": None, "path": None},
+    None,
+    {"bytes": None, "path": "../secret"},
+]
+
+
+def write(path: Path, **columns: list) -> None:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    text = ["a", None, "c", "d", "e"]
+    write(
+        tmp_path / "data" / "train-0.parquet", image=PICTURES, text=text, aesthetic=[6.0, None, 1, 2, 3], id=[*"vwxyz"]
+    )
+    (tmp_path / "data" / "files").mkdir()
+    (tmp_path / "data" / "files" / "1.png").write_bytes(b"picture 1")
+    write(tmp_path / "data" / "train-1.parquet", image=PICTURES[:1], text=["second"], aesthetic=[7.0], id=["!"])
+    return tmp_path
+
+
+@pytest.mark.parametrize("on_s3", [False, True])
+def test_rows_of_files(folder: Path, on_s3: bool, request: pytest.FixtureRequest) -> None:
+    path = str(folder)
+    if on_s3:
+        bucket: S3Bucket = request.getfixturevalue("s3")
+        bucket.upload(folder, "set/")
+        path = f"{bucket.url}/set"
+    source = open_source(
+        {"kind": "parquet", "path": path, "captions": {"original": "text"}}, score_names=("aesthetic",)
+    )
+    assert source.units == ["data/train-0.parquet", "data/train-1.parquet"]
+    unit = source.open(source.units[0])
+    items = list(unit)
+    assert len(unit) == 5 and [item.key for item in items] == [f"data/train-0.parquet/{row:08}" for row in range(5)]
+    found = [item.describe() for item in items]
+    assert [description.captions.get("original") for description in found] == ["a", None, None, None, "e"]
+    assert [description.scores for description in found[:2]] == [{"aesthetic": 6.0}, {}]
+    assert [description.problem for description in found] == [None, None, *["no picture in the row"] * 2, None]
+    assert [item.read() for item in items[:2]] == [b"picture 0", b"picture 1"]
+    with pytest.raises(FileNotFoundError):
+        items[4].read()
+
+
+def test_plain_bytes_and_a_column_of_keys(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", jpg=[b"1", b"2"], caption=["one", "two"], id=[17, 18])
+    options = {"image_column": "jpg", "key_column": "id"}
+    source = open_source({"kind": "parquet", "path": str(tmp_path)} | options)
+    items = list(source.open("a.parquet"))
+    assert [(item.key, item.read()) for item in items] == [("17", b"1"), ("18", b"2")]
+
+
+def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no column 'caption', 'score'; it has \['image', 'text'"):
+        open_source({"kind": "parquet", "path": str(folder)}, score_names=("score",)).open("data/train-0.parquet")
+    options = {"captions": {"original": "text"}, "image_column": "text"}
+    with pytest.raises(UserError, match=r"column 'text' is string, expected bytes or a struct"):
+        open_source({"kind": "parquet", "path": str(folder)} | options).open("data/train-1.parquet")
+    with pytest.raises(UserError, match="no .parquet files at"):
+        open_source({"kind": "parquet", "path": str(tmp_path / "data" / "files")})
+    file = folder / "data" / "train-1.parquet"
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"train-1\.parquet is no whole Parquet file"):
+        open_source({"kind": "parquet", "path": str(folder), "captions": {"original": "text"}}).open(
+            "data/train-1.parquet"
+        )

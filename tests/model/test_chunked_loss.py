@@ -1,0 +1,57 @@
+"""The chunked loss against PyTorch's, in value, gradient and memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from star_dist.model import chunked_loss
+from star_dist.model.chunked_loss import LinearCrossEntropy
+
+
+@pytest.fixture
+def problem() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((11, 6), (9, 6), (9,))
+    )
+    targets = torch.randint(9, (11,), generator=generator)
+    return x, weight, bias, targets
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+def test_losses_hits_and_gradients_are_those_of_cross_entropy(
+    problem: tuple[torch.Tensor, ...], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", chunk)
+    *leaves, targets = problem
+    gradient = torch.linspace(-1, 2, 11, dtype=torch.float64)
+    found_leaves, wanted_leaves = ([leaf.clone().requires_grad_() for leaf in leaves] for _ in range(2))
+    losses, hits = LinearCrossEntropy.apply(*found_leaves, targets)
+    logits = F.linear(*wanted_leaves)
+    wanted = F.cross_entropy(logits, targets, reduction="none")
+    assert torch.allclose(losses, wanted, rtol=1e-12) and torch.equal(hits, logits.argmax(-1) == targets)
+    for found, expected in zip(
+        torch.autograd.grad(losses, found_leaves, gradient), torch.autograd.grad(wanted, wanted_leaves, gradient)
+    ):
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_bf16_weights_get_bf16_gradients(problem: tuple[torch.Tensor, ...]) -> None:
+    x, weight, bias, targets = problem
+    leaves = [x.float().requires_grad_(), weight.bfloat16().requires_grad_(), bias.bfloat16().requires_grad_()]
+    losses, _ = LinearCrossEntropy.apply(*leaves, targets)
+    assert losses.dtype == torch.float32
+    losses.sum().backward()
+    assert [leaf.grad.dtype for leaf in leaves] == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+def test_no_logits_of_the_whole_batch_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.model.test_attention import CountBytes
+
+    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", 16)
+    x = torch.randn(256, 4, requires_grad=True)
+    weight, bias = torch.randn(64, 4, requires_grad=True), torch.randn(64, requires_grad=True)
+    with CountBytes() as count:
+        losses, _ = LinearCrossEntropy.apply(x, weight, bias, torch.zeros(256, dtype=torch.long))
+        losses.sum().backward()
+    assert count.largest <= 256 * 4 * 4  # x's own gradient; all logits would be 256 * 64 * 4

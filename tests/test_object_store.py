@@ -1,0 +1,107 @@
+"""Folders and a real S3 server behind one interface, and every refusal in one line without a secret."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from star_dist.errors import UserError
+from star_dist.object_store import ObjectStore, check_access, open_store
+from tests.fault_proxy import Fault, FaultProxy
+from tests.s3 import SECRET_KEY, S3Bucket
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "folder":
+        return open_store(tmp_path / "store")
+    return open_store(f"{request.getfixturevalue('s3').url}/some/prefix/")
+
+
+def names(store: ObjectStore, prefix: str = "") -> list[str]:
+    return sorted(entry.name for entry in store.list(prefix))
+
+
+def test_objects_are_written_listed_and_read(store: ObjectStore, tmp_path: Path) -> None:
+    assert not list(store.list())
+    store.write("b/2.bin", b"two")
+    store.write("a.bin", b"")
+    (tmp_path / "file").write_bytes(b"from a file")
+    store.upload(tmp_path / "file", "b/1.bin")
+    store.write("a.bin", b"again")
+    assert {entry.name: entry.num_bytes for entry in store.list()} == {"a.bin": 5, "b/1.bin": 11, "b/2.bin": 3}
+    assert names(store, "b/") == ["b/1.bin", "b/2.bin"]
+    assert names(store, "b/1") == ["b/1.bin"]
+    assert store.read("b/1.bin") == b"from a file" and store.exists("a.bin") and not store.exists("b")
+    store.download("b/2.bin", tmp_path / "new" / "copy")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
+    assert pickle.loads(pickle.dumps(store)).read("b/2.bin") == b"two"
+    for read in (store.read, lambda name: store.download(name, tmp_path / "x")):
+        with pytest.raises(FileNotFoundError):
+            read("absent")
+
+
+def test_names_under_a_prefix_are_that_prefix_s_alone(s3: S3Bucket) -> None:
+    s3.write("data/x", b"1")
+    s3.write("data-2/y", b"2")
+    assert names(open_store(f"{s3.url}/data")) == ["x"]
+    assert names(open_store(s3.url)) == ["data-2/y", "data/x"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"AWS_ACCESS_KEY_ID": "stranger"}, "the store does not know the access key"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "the secret key is wrong; check AWS_SECRET_ACCESS_KEY"),
+        ({"S3_ENDPOINT_URL": "http://127.0.0.1:9"}, "the store cannot be reached; check the endpoint"),
+        ({"AWS_PROFILE": "absent"}, r"The config profile \(absent\) could not be found"),
+        (
+            {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, "AWS_SHARED_CREDENTIALS_FILE": "/absent"},
+            "there are no AWS credentials; set AWS_ACCESS_KEY_ID",
+        ),
+    ],
+)
+def test_refusals_say_what_to_change_and_hold_no_secret(
+    s3: S3Bucket, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str | None], said: str
+) -> None:
+    for name, value in environment.items():
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said) as raised:
+        check_access(f"{s3.url}/x")
+    text = str(raised.value)
+    assert "\n" not in text and SECRET_KEY not in text and "wrong-secret" not in text and "stranger" not in text
+
+
+def test_wrong_places_are_named(s3: S3Bucket, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot list s3://absent-bucket/x/.*: the bucket does not exist"):
+        check_access("s3://absent-bucket/x")
+    with pytest.raises(UserError, match=rf"there is nothing at {s3.url}/empty; check bucket and prefix"):
+        check_access(f"{s3.url}/empty")
+    with pytest.raises(UserError, match="there is nothing at"):
+        check_access(str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="has scheme 'gs'; give a local path or s3://"):
+        open_store("gs://bucket")
+    with pytest.raises(UserError, match="names no bucket"):
+        open_store("s3:///x")
+    (tmp_path / "file").write_bytes(bytes(20_000_000))  # goes up in parts
+    for name in ("file", "small"):
+        (tmp_path / "small").write_bytes(b"x")
+        with pytest.raises(UserError, match=rf"cannot write s3://absent-bucket/{name} .*the bucket does not exist"):
+            open_store("s3://absent-bucket").upload(tmp_path / name, name)
+
+
+@pytest.mark.parametrize("fault", ["status_503", "truncate", "reset"])
+def test_passing_faults_are_survived(s3: S3Bucket, s3_faults: FaultProxy, fault: Fault, tmp_path: Path) -> None:
+    store = open_store(s3.url)
+    s3.write("x", b"x" * 100_000)
+    s3_faults.inject(fault, times=2)
+    assert store.read("x") == b"x" * 100_000
+    s3_faults.inject(fault, times=2)
+    store.download("x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"x" * 100_000
+    assert s3_faults.hits == {fault: 4}

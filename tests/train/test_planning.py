@@ -1,0 +1,100 @@
+"""The planner's formulas against the real model: parameters, operator counts, measured peaks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.measure import peak_bytes
+from star_dist.config import RunConfig, load_config
+from star_dist.model import chunked_loss, size
+from star_dist.model.config import StarConfig
+from star_dist.model.initialization import initialize_weights
+from star_dist.model.layout import PackedLayout
+from star_dist.model.star import STAR
+from star_dist.scales import ScaleSchedule
+from star_dist.train.planning import communication_bytes, largest_micro_batch, memory_bytes, state_bytes
+
+ROOT = Path(__file__).parents[2]
+SCHEDULE = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"depth": 30}, {"positions": "learned"}, {"cross_attention": False}, {"ffn_ratio": 3, "text_width": 384}],
+)
+def test_parameters_are_those_of_the_model(changes: dict) -> None:
+    config = StarConfig(**{"depth": 3, "scales": SCHEDULE.sides} | changes)
+    with torch.device("meta"):
+        model = STAR(config)
+    assert size.parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("depth", "batch", "dtype"), [(4, 1, torch.float32), (8, 1, torch.float32), (4, 2, torch.bfloat16)]
+)
+def test_activation_memory_is_within_a_tenth_of_the_measured_peak(
+    depth: int, batch: int, dtype: torch.dtype, checkpointing: str
+) -> None:
+    """Measured: within 1 % in float32, 8 % in bf16."""
+    config = StarConfig(depth=depth, scales=SCHEDULE.sides, text_width=64)
+    layout = PackedLayout.uniform(SCHEDULE, batch, (8,) * batch)
+    model = STAR(config, recompute=checkpointing).to(dtype)
+    initialize_weights(model, seed=0)
+    inputs = torch.randn(layout.num_tokens, 32), torch.randn(8 * batch, 64), torch.randn(batch, 64)
+    targets = torch.zeros(layout.num_tokens, dtype=torch.long)
+
+    def step() -> None:
+        model(*inputs, targets, layout=layout)[0].mean().backward()
+
+    step()  # gradients are there then
+    measured = peak_bytes(step, torch.device("cpu"))
+    reckoned = sum(size.activation_bytes(config, layout.num_tokens, dtype.itemsize, checkpointing).values())
+    assert reckoned == pytest.approx(measured, rel=0.1)
+
+
+def test_the_loss_chunk_is_the_one_that_is_used() -> None:
+    assert size.LOSS_CHUNK_TOKENS == chunked_loss.CHUNK_TOKENS
+
+
+def config(name: str, *overrides: str) -> RunConfig:
+    return load_config(RunConfig, ROOT / "configs" / name, overrides)
+
+
+def test_zero_stages_share_what_they_share() -> None:
+    parameters = size.parameter_count(config("d30.json").star_config())
+    for stage, parts in ((1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))):
+        state = state_bytes(config("d30.json", f"train.zero_stage={stage}"), 8)
+        expected = [parameters * size / part for size, part in zip((2, 2, 12), parts)]
+        assert list(state.values()) == pytest.approx(expected)
+    one, three = (communication_bytes(config("d30.json", f"train.zero_stage={stage}"), 64) for stage in (1, 3))
+    assert one == pytest.approx(2 * parameters * 2 * 63 / 64) and three == pytest.approx(1.5 * one)
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
+    for name, memory_gb in (("d30.json", 80), ("d30_512.json", 141), ("d30_1024.json", 141)):
+        run = config(name)
+        found = largest_micro_batch(run, 8, memory_gb)
+        divisors = [n for n in range(1, run.train.global_batch // 8 + 1) if run.train.global_batch // 8 % n == 0]
+        used = {n: sum(memory_bytes(run, 8, n).values()) for n in divisors}
+        assert used[found] <= 0.92 * memory_gb * 1e9
+        assert all(used[n] > 0.92 * memory_gb * 1e9 for n in divisors if n > found)
+
+
+def test_the_command_prints_and_refuses() -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "launcher/plan.py", "--config", "configs/d30_512.json", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    shown = run("--gpus", "64", "--gpu", "h200")
+    assert shown.returncode == 0 and "largest micro-batch" in shown.stdout and "GPU-hours" in shown.stdout
+    numbers = json.loads(run("--gpus", "64", "--json", "--pictures", "1e7").stdout)
+    assert numbers["days"] == pytest.approx(1e7 / numbers["images_per_s"] / 86400)
+    refused = run("--gpus", "0")
+    assert refused.returncode == 2 and refused.stderr == "error: --gpus must be at least 1, got 0\n"
+    refused = run("--gpus", "7")
+    assert refused.returncode == 2 and "is not a multiple of" in refused.stderr
