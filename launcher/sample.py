@@ -45,6 +45,7 @@ def main() -> None:
     from star_dist.inference.pipeline import StarPipeline
 
     pipeline = StarPipeline.from_pretrained(arguments.model)
+    options.by_scale(len(pipeline.schedule))  # one value too many or too few is found before anything is drawn
     jobs = [prompt for prompt in prompts for _ in range(arguments.count)]
     paths = [out] if len(jobs) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(jobs))]
     out.parent.mkdir(parents=True, exist_ok=True)

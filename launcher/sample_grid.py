@@ -39,6 +39,7 @@ def main() -> None:
     from star_dist.inference.seen_grid import draw_seen_grid
 
     pipeline = StarPipeline.from_pretrained(arguments.model)
+    options.by_scale(len(pipeline.schedule))  # one value too many or too few is found before anything is drawn
     grid = draw_seen_grid(
         pipeline, Path(arguments.data), captions, options, arguments.count, arguments.columns, arguments.seed
     )
