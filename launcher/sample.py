@@ -4,29 +4,28 @@ Several prompts make several files (out-0.png, out-1.png, …); --prompts-file t
 """
 
 from star_dist.cli import command_parser, run_command
+from star_dist.inference.options import add_sampling_arguments, sampling_options
 
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("model", metavar="DIR", help="inference folder (launcher/export.py writes one)")
+    parser.add_argument(
+        "model", metavar="DIR", help="inference folder (launcher/export.py writes one) or Hugging Face id"
+    )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT")
     parser.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, in addition")
     parser.add_argument("--out", required=True, metavar="FILE", help="picture file, .png or .jpg")
     parser.add_argument("--count", type=int, default=1, help="pictures per prompt (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; it counts up (default 0)")
-    parser.add_argument(
-        "--guidance", type=float, default=4.0, help="guidance at the last scale, 0 for none (default 4)"
-    )
-    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 1 is greedy, 0 keeps all")
-    parser.add_argument("--top-p", type=float, default=0.0, help="keep the likeliest tokens that hold p; 0 keeps all")
-    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=8, help="pictures drawn together (default 8)")
+    add_sampling_arguments(parser)
     arguments = parser.parse_args()
 
     from pathlib import Path
 
     from star_dist.errors import UserError
 
+    options = sampling_options(arguments)
     prompts = list(arguments.prompts)
     if arguments.prompts_file:
         try:
@@ -44,13 +43,9 @@ def main() -> None:
     from tqdm import tqdm
 
     from star_dist.inference.pipeline import StarPipeline
-    from star_dist.inference.sampler import SamplingOptions
 
-    try:
-        options = SamplingOptions(arguments.guidance, arguments.top_k, arguments.top_p, arguments.temperature)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     pipeline = StarPipeline.from_pretrained(arguments.model)
+    options.by_scale(len(pipeline.schedule))  # one value too many or too few is found before anything is drawn
     jobs = [prompt for prompt in prompts for _ in range(arguments.count)]
     paths = [out] if len(jobs) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(jobs))]
     out.parent.mkdir(parents=True, exist_ok=True)

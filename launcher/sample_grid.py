@@ -6,6 +6,7 @@ all others under "new". The first picture of a cell is the data set's own, throu
 """
 
 from star_dist.cli import command_parser, run_command
+from star_dist.inference.options import add_sampling_arguments, sampling_options
 
 
 def main() -> None:
@@ -17,15 +18,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2, help="pictures drawn per caption (default 2)")
     parser.add_argument("--columns", type=int, default=4, help="captions per row (default 4)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=0.0)
+    add_sampling_arguments(parser)
     arguments = parser.parse_args()
 
     from pathlib import Path
 
     from star_dist.errors import UserError
 
+    options = sampling_options(arguments)
     try:
         captions = [line.strip() for line in Path(arguments.captions).read_text().splitlines() if line.strip()]
     except OSError as error:
@@ -36,14 +36,10 @@ def main() -> None:
         raise UserError(f"{arguments.captions} holds no caption")
 
     from star_dist.inference.pipeline import StarPipeline
-    from star_dist.inference.sampler import SamplingOptions
     from star_dist.inference.seen_grid import draw_seen_grid
 
-    try:
-        options = SamplingOptions(arguments.guidance, arguments.top_k, arguments.top_p)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     pipeline = StarPipeline.from_pretrained(arguments.model)
+    options.by_scale(len(pipeline.schedule))  # one value too many or too few is found before anything is drawn
     grid = draw_seen_grid(
         pipeline, Path(arguments.data), captions, options, arguments.count, arguments.columns, arguments.seed
     )

@@ -1,16 +1,21 @@
-"""The inference folder: what a training run leaves behind for others.
+"""The inference folder: what a training run leaves behind for others, laid out as on the Hugging Face hub.
 
+DIR/README.md             model card: the run's facts for people
 DIR/config.json           ExportConfig
-DIR/model.safetensors     the transformer, bf16 or fp32, under the public parameter names
+DIR/model.safetensors     the transformer, bf16 or fp32, under the public parameter names; beyond 5 GB
+                          model-00001-of-0000N.safetensors and model.safetensors.index.json
 DIR/tokenizer/            the VQ-VAE
 DIR/text_encoder/         a copy of the text encoder, where the run's was a local folder (else config.json names it)
+DIR/public_layout.safetensors    what only the public layout has, where the weights were converted from it
 """
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -23,28 +28,28 @@ from star_dist.config import RunConfig, Section, TextSection
 from star_dist.errors import UserError
 from star_dist.model.config import StarConfig
 from star_dist.model.star import STAR
+from star_dist.model_card import ModelFacts, model_card
+from star_dist.public_layout import check_weights
 from star_dist.text import save_text_encoder
 from star_dist.tokenizer.io import load_tokenizer, save_tokenizer, tokenizer_hash
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
-from star_dist.weights import check_names_and_shapes, read_weights
-
-logger = logging.getLogger(__name__)
+from star_dist.weights import read_weights_folder, write_weights
 
 FORMAT = "star-dist inference folder 1"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
 TOKENIZER_FOLDER = "tokenizer"
 TEXT_ENCODER_FOLDER = "text_encoder"
+PUBLIC_EXTRAS_FILE = "public_layout.safetensors"
 
-# Part of the public checkpoints and of no computation: a class embedding that STAR never uses.
-IGNORED_PUBLIC_NAMES = ("class_emb.weight",)
-# Zero buffers of the public checkpoints that stand for the absent key bias.
-ZERO_BUFFER_SUFFIX = "zero_k_bias"
+# What is fetched of a hub repository: nothing that would have to be unpickled.
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md", "*.model")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ExportConfig(Section):
-    """What the weights mean and where they come from."""
+    """What the weights mean and where they come from. run_name, step: the training run, 0 where that is not known."""
 
     format: Literal["star-dist inference folder 1"] = FORMAT
     model: StarConfig
@@ -54,27 +59,7 @@ class ExportConfig(Section):
     dtype: Literal["bf16", "fp32"]
     run_name: str
     step: int
-
-
-def check_weights(weights: dict[str, Tensor], model: STAR, source: str) -> dict[str, Tensor]:
-    """Accepts our own and the public layout: drops what carries no information, refuses what does not fit.
-
-    Returns the weights under the model's names; a warning names what was ignored.
-
-    Raises:
-        UserError: missing or unknown names or wrong shapes, all of them named.
-    """
-    weights = dict(weights)
-    for name in list(weights):
-        if name in IGNORED_PUBLIC_NAMES:
-            logger.warning("%s: ignored %s, which STAR never uses", source, name)
-            del weights[name]
-        elif name.endswith(ZERO_BUFFER_SUFFIX):
-            if weights[name].any():
-                raise UserError(f"{source}: {name} must be zero (keys have no bias), but it is not")
-            del weights[name]
-    check_names_and_shapes(weights, dict(model.named_parameters()), source)
-    return weights
+    facts: ModelFacts = ModelFacts()
 
 
 def check_replaceable(folder: Path) -> None:
@@ -95,36 +80,42 @@ def check_replaceable(folder: Path) -> None:
 
 
 def write_inference_folder(
-    folder: Path, weights: dict[str, Tensor], config: RunConfig, step: int, dtype: Literal["bf16", "fp32"]
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: ExportConfig,
+    tokenizer: MultiScaleVQVAE,
+    public_extras: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes the folder beside its final place, reloads and compares it, and then moves it there.
 
-    weights: fp32, by name, from `Engine.full_weights`.
+    weights: by name; stored in `config.dtype`. config.text: the encoder to copy or to name. public_extras: see
+    `public_layout.py`.
+
+    Raises:
+        UserError: the folder holds something else than an earlier export, or the text encoder cannot be copied.
     """
+    check_replaceable(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    stored = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in weights.items()}
-    save_file(stored, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-    tokenizer = load_tokenizer(Path(config.tokenizer.path))
+    stored = {name: tensor.to(DTYPES[config.dtype]) for name, tensor in weights.items()}
+    write_weights(stored, partial)
+    if public_extras:
+        save_file(dict(public_extras), partial / PUBLIC_EXTRAS_FILE, metadata={"format": "pt"})
     save_tokenizer(tokenizer, partial / TOKENIZER_FOLDER)
-    text = save_text_encoder(config.text, partial / TEXT_ENCODER_FOLDER)
-    export = ExportConfig(
-        model=config.star_config(),
-        text=text,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        resolution=config.resolution,
-        dtype=dtype,
-        run_name=config.name,
-        step=step,
-    )
-    (partial / CONFIG_FILE).write_text(export.model_dump_json(indent=2) + "\n")
+    config = config.model_copy(update={"text": save_text_encoder(config.text, partial / TEXT_ENCODER_FOLDER)})
+    (partial / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+    (partial / CARD_FILE).write_text(model_card(config.model_dump(mode="json")))
 
     _, model = load_model(partial)
     for name, parameter in model.named_parameters():
         if not torch.equal(parameter.detach(), stored[name]):
             raise RuntimeError(f"{partial}: {name} changed while it was written; the disk may be failing")
-    load_export_tokenizer(partial, export)
+    load_export_tokenizer(partial, config)
+    readable = (partial / CONFIG_FILE).stat().st_mode  # safetensors makes files that only their owner can read
+    for path in partial.rglob("*"):
+        if path.is_file():
+            path.chmod(readable)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
@@ -148,6 +139,26 @@ def read_export_config(folder: Path) -> ExportConfig:
         raise UserError(f"{path} is damaged: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
+def fetch_inference_folder(source: str | Path, revision: str | None = None) -> Path:
+    """A folder as it is, or the local copy of a Hugging Face model id, fetched where it is not there yet.
+
+    Raises:
+        UserError: neither, or the hub cannot be reached.
+    """
+    folder = Path(source)
+    if folder.exists() or not HUB_ID.fullmatch(str(source)):
+        if revision is not None:
+            raise UserError(f"revision {revision!r} is of a Hugging Face id, but {folder} is none")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except (OSError, ValueError) as error:  # what the hub's own errors and those of the network are kinds of
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"there is no folder {source}, and no Hugging Face model of that id: {reason}") from None
+
+
 def load_model(folder: Path, dtype: torch.dtype | None = None, attention: str = "auto") -> tuple[ExportConfig, STAR]:
     """The transformer of an inference folder, in eval mode on the CPU; `dtype` null keeps the stored one.
 
@@ -157,7 +168,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, attention: str = 
     config = read_export_config(folder)
     with torch.device("meta"):
         model = STAR(config.model, attention)
-    weights = check_weights(read_weights(folder / WEIGHTS_FILE), model, str(folder / WEIGHTS_FILE))
+    weights = check_weights(read_weights_folder(folder), model, str(folder))
     model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items()}, assign=True)
     return config, model.eval().requires_grad_(False)
 
@@ -173,26 +184,40 @@ def load_export_tokenizer(folder: Path, config: ExportConfig) -> MultiScaleVQVAE
     return tokenizer
 
 
-def initial_weights_from(folder: Path, config: RunConfig) -> dict[str, Tensor]:
-    """Weights of an exported model to start a run with (`train.init_from`), also for another schedule of scales.
+def initial_weights_from(source: str | Path, config: RunConfig, run_tokenizer_hash: str) -> dict[str, Tensor]:
+    """Weights of an exported or converted model to start a run with (`train.init_from`), also for other scales.
 
     Level embeddings are taken from the exported level at the nearest relative position k / (K - 1): the same level
     where both schedules have equally many scales. Everything else is taken as it is.
 
     Raises:
-        UserError: the exported model has other sizes than the run.
+        UserError: the model has another architecture or another tokenizer than the run.
     """
-    exported, source = load_model(folder, dtype=torch.float32)
-    weights = {name: parameter.detach() for name, parameter in source.named_parameters()}
-    levels = len(config.scales)
-    old_levels = len(exported.model.scales)
+    folder = fetch_inference_folder(source)
+    exported, model = load_model(folder, dtype=torch.float32)
+    wanted = config.star_config()
+    for field in dataclasses.fields(StarConfig):
+        before, now = getattr(exported.model, field.name), getattr(wanted, field.name)
+        if field.name != "scales" and before != now:
+            raise UserError(
+                f"{source} was trained with {_option(field.name)} {before}, the run has {now}; change the run's, or "
+                f"start from another train.init_from"
+            )
+    if exported.tokenizer_hash != run_tokenizer_hash:
+        raise UserError(
+            f"{source} was trained on tokens of tokenizer {exported.tokenizer_hash}, the run's tokenizer.path has "
+            f"{run_tokenizer_hash}; its tokens mean something else: use {source}/{TOKENIZER_FOLDER}"
+        )
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    levels, old_levels = len(config.scales), len(exported.model.scales)
     nearest = [round(level / max(levels - 1, 1) * (old_levels - 1)) for level in range(levels)]
     weights["lvl_embed.weight"] = weights["lvl_embed.weight"][nearest]
     with torch.device("meta"):
-        model = STAR(config.star_config(), config.model.attention)
-    if exported.model.positions == "rope" and exported.model.rope_convention != config.model.rope_convention:
-        raise UserError(
-            f"{folder} was trained with model.rope_convention {exported.model.rope_convention}, the run has "
-            f"{config.model.rope_convention}; change it"
-        )
-    return check_weights(weights, model, str(folder))
+        target = STAR(wanted, config.model.attention)
+    return check_weights(weights, target, str(source))
+
+
+def _option(field: str) -> str:
+    """The option of a run's config that decides a field of the architecture."""
+    other = {"vocab_size": "tokenizer.vocab_size", "code_dim": "tokenizer.code_dim", "text_width": "text.width"}
+    return other.get(field, f"model.{field}")

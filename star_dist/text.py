@@ -56,6 +56,11 @@ class TextEncoder:
                 f"text encoder {config.encoder} has width {width}, text.width is {config.width}; change one"
             )
 
+    def to(self, device: torch.device) -> None:
+        """Moves the model; later features come from that device."""
+        self.device = device
+        self.model.to(device)
+
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextFeatures:
         """Encodes captions; longer ones are cut at `text.max_tokens`."""
@@ -90,14 +95,16 @@ class TextEncoder:
 def save_text_encoder(config: TextSection, folder: Path) -> TextSection:
     """Copies a text encoder that lives in a local folder or package, so that an export does not depend on it.
 
-    A Hugging Face id stays a reference and nothing is written. Returns the section that describes the copy.
+    A Hugging Face id stays a reference and nothing is written. Returns the section that describes the copy; of a path
+    it keeps the last part, because an export is for other machines.
     """
     if not _local_path(config.encoder).is_dir():
         return config
     tokenizer, model = _load(config, torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return config.model_copy(update={"encoder_subfolder": "", "tokenizer_subfolder": ""})
+    named = config.encoder if config.encoder.startswith(PACKAGE_PREFIX) else Path(config.encoder).name
+    return config.model_copy(update={"encoder": named, "encoder_subfolder": "", "tokenizer_subfolder": ""})
 
 
 PACKAGE_PREFIX = "package:"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from star_dist.errors import UserError
+from star_dist.files import read_json_object
 
 MAX_SHOWN_PROBLEMS = 5
+MAX_SHARD_SIZE = "5GB"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -26,7 +31,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             weights = load_file(path)
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of foreign pickle protocols; the error says enough
+                weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -34,6 +41,39 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is no file of tensors, or a damaged one: {reason}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} does not hold a dictionary of tensors")
+    return weights
+
+
+def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes `model.safetensors`, or beyond `MAX_SHARD_SIZE` several files and an index, as Hugging Face names them."""
+    from huggingface_hub import save_torch_state_dict
+
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_torch_state_dict(contiguous, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
+
+
+def read_weights_folder(folder: Path) -> dict[str, Tensor]:
+    """What `write_weights` wrote.
+
+    Raises:
+        UserError: no weights there, damaged ones, or shards that are not those of the index.
+    """
+    index_path = folder / INDEX_FILE
+    if not index_path.is_file():
+        return read_weights(folder / WEIGHTS_FILE)
+    files = read_json_object(index_path, f"{index_path} does not exist").get("weight_map")
+    if not isinstance(files, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in files.values()
+    ):
+        raise UserError(f"{index_path} is damaged: it has no weight_map of names to files beside it")
+    weights: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        found = read_weights(folder / file)
+        expected = {name for name, holder in files.items() if holder == file}
+        if found.keys() != expected:
+            name = min(found.keys() ^ expected)
+            raise UserError(f"{folder / file} does not hold what {INDEX_FILE} says: {name} differs")
+        weights |= found
     return weights
 
 

@@ -124,6 +124,32 @@ def dataset_folder(prep_values: dict[str, Any], tmp_path_factory: pytest.TempPat
     return output
 
 
+@pytest.fixture(scope="session")
+def inference_folder(
+    tokenizer_folder: Path, text_encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An inference folder with random weights, which takes no training."""
+    from star_dist.config import TextSection
+    from star_dist.inference.pipeline import StarPipeline
+    from star_dist.model.config import StarConfig
+    from star_dist.model.initialization import initialize_weights
+    from star_dist.model.star import STAR
+    from star_dist.text import TextEncoder
+    from star_dist.tokenizer.io import load_tokenizer
+
+    model = STAR(StarConfig(depth=2, width=32, heads=2, scales=SCALES, vocab_size=64, code_dim=8, text_width=16))
+    initialize_weights(model, seed=1)
+    with torch.no_grad():
+        model.head_logits.weight.mul_(300)  # so that the text and the smaller scales decide what is drawn
+    text = TextSection(
+        encoder=str(text_encoder_folder), encoder_subfolder="", tokenizer_subfolder="", width=16, max_tokens=8
+    )
+    folder = tmp_path_factory.mktemp("inference") / "model"
+    encoder = TextEncoder(text, torch.device("cpu"))
+    StarPipeline(model.eval(), load_tokenizer(tokenizer_folder), encoder).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def run_config(
     dataset_folder: Path, tokenizer_folder: Path, text_encoder_folder: Path, tmp_path: Path

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from star_dist.config.base import ConfigError, Count, Fraction, Momentum, Positive, Section
+from star_dist.inference.options import SamplingOptions
 from star_dist.learning_rate import RateSchedule
 from star_dist.model.config import PositionEncoding, RopeConvention, StarConfig
 from star_dist.scales import ScaleSchedule
@@ -174,14 +175,22 @@ class ValidationSection(Section):
 
 
 class SamplesSection(Section):
-    """Pictures drawn during training: `every` steps (0 for none), one per prompt, always with the same seed."""
+    """Pictures drawn during training: `every` steps (0 for none), one per prompt, always with the same seed.
+
+    How they are drawn: `SamplingOptions`; top_k, top_p and temperature take one value or a list with one per scale.
+    """
 
     every: Count = 0
     prompts: tuple[str, ...] = ()
     guidance: float = Field(4.0, ge=0)
-    top_k: Count = 0
-    top_p: Fraction = 0.0
+    guidance_by_scale: tuple[float, ...] | None = None
+    top_k: int | tuple[int, ...] = 0
+    top_p: float | tuple[float, ...] = 0.0
+    temperature: float | tuple[float, ...] = 1.0
     seed: int = 0
+
+    def sampling_options(self) -> SamplingOptions:
+        return SamplingOptions(**self.model_dump(exclude={"every", "prompts", "seed"}))
 
 
 class LoggingSection(Section):
@@ -281,6 +290,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"samples.every is {self.samples.every} but samples.prompts is empty; give prompts or set it to 0"
             )
+        self.samples.sampling_options().by_scale(len(schedule))
         for key in self.deepspeed:
             if key not in DEEPSPEED_SECTIONS and key not in DERIVED_DEEPSPEED_KEYS:
                 nearest = difflib.get_close_matches(key, DEEPSPEED_SECTIONS, n=1, cutoff=0.4)

@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from star_dist.errors import UserError
+
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"})
 
 
@@ -83,6 +85,20 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() >= 2**16:
         raise UnreadablePicture("integer pixels beyond 16 bits")
     return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture that a command was given.
+
+    Raises:
+        UserError: no such file, or none that can be decoded.
+    """
+    try:
+        return decode_picture(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnreadablePicture as error:
+        raise UserError(f"{path} cannot be used: {error}") from None
 
 
 def crop_and_resize(image: Image.Image, side: int) -> Image.Image:

@@ -1,85 +1,58 @@
 """Scale-by-scale sampling with a key/value cache and guidance.
 
-B pictures, R rows of the transformer (2 B with guidance: conditional, then unconditional), N tokens of one scale,
-L of all scales, C code dimension, V codebook size, H heads, d channels of a head.
+B pictures, R rows of the transformer (with guidance 2 B: conditional, then unconditional), N tokens of one scale, M
+kept candidates, L tokens of all scales, C code dimension, V codebook size, H latent side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from star_dist.model.attention import KeyValue
-from star_dist.model.kernels.sdpa import padded_text_index, scaled_dot_product
+from star_dist.errors import UserError
+from star_dist.inference.options import SamplingOptions, ScaleOptions
+from star_dist.model.cache import KeyValueCache
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.text import TextFeatures
-from star_dist.tokenizer.quantizer import MultiScaleQuantizer
+from star_dist.tokenizer.quantizer import MultiScaleQuantizer, full_float32
+
+SMALLEST_NOISE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """guidance: 0 is off; it grows linearly over the scales to this value at the last. top_k: 0 is off, 1 is greedy.
-    top_p: 0 is off.
+class SampledPictures:
+    """tokens_BL: int64. latent_BCHH: what the decoder makes pictures of; the sum of the tokens' codes, or with
+    smoothing of mixtures."""
 
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    guidance: float = 4.0
-    top_k: int = 0
-    top_p: float = 0.0
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.guidance < 0 or self.top_k < 0 or not 0 <= self.top_p <= 1 or self.temperature <= 0:
-            raise ValueError(
-                f"guidance and top_k must not be negative, top_p must lie in 0..1, temperature above 0; got guidance "
-                f"{self.guidance}, top_k {self.top_k}, top_p {self.top_p}, temperature {self.temperature}"
-            )
+    tokens_BL: Tensor
+    latent_BCHH: Tensor
 
 
-class CachedAttention:
-    """Keys and values of all scales so far: new queries see the whole cache, so no mask is needed."""
+@dataclass(frozen=True)
+class SampledScale:
+    """One scale of `num_scales` just drawn, everything still on the device. latent_BCHH: the running sum."""
 
-    def __init__(self, model: STAR, rows: int, schedule: ScaleSchedule, text_lengths: tuple[int, ...]) -> None:
-        config = model.config
-        weight = model.word_embed.weight
-        shape = (config.depth, rows, schedule.num_tokens, config.heads, config.head_dim)
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.empty_like(self.keys)
-        self.rows = rows
-        self.text: list[KeyValue | None] = [None] * config.depth
-        starts = [sum(text_lengths[:row]) for row in range(rows)]
-        index_RS, present_RS = padded_text_index(tuple(starts), text_lengths)
-        self.text_index_RS = index_RS.to(weight.device)
-        self.text_mask_R11S = present_RS.to(weight.device)[:, None, None, :]
-        self.start = self.end = 0
+    scale: int
+    num_scales: int
+    tokens_BN: Tensor
+    latent_BCHH: Tensor
 
-    def begin_scale(self, start: int, end: int) -> None:
-        self.start, self.end = start, end
 
-    def attend_image(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (x.unflatten(0, (self.rows, -1)) for x in (query, key, value))
-        self.keys[layer, :, self.start : self.end] = key
-        self.values[layer, :, self.start : self.end] = value
-        mixed = scaled_dot_product(query, self.keys[layer, :, : self.end], self.values[layer, :, : self.end])
-        return mixed.flatten(0, 1)
+class KnownTokens(Protocol):
+    """What editing keeps of a picture."""
 
-    def attend_text(self, layer: int, query: Tensor, key_value: Callable[[], KeyValue]) -> Tensor:
-        cached = self.text[layer]
-        if cached is None:
-            key, value = key_value()
-            cached = self.text[layer] = key[self.text_index_RS], value[self.text_index_RS]
-        query = query.unflatten(0, (self.rows, -1))
-        return scaled_dot_product(query, *cached, self.text_mask_R11S).flatten(0, 1)
+    def at(self, latent_BCHH: Tensor, scale: int) -> tuple[Tensor, Tensor] | None:
+        """The tokens to keep at a scale, given what was drawn before, and where: (B, N) int64 and bool; or None."""
+        ...
 
 
 @torch.no_grad()
-def sample_tokens(
+def sample_pictures(
     model: STAR,
     quantizer: MultiScaleQuantizer,
     text: TextFeatures,
@@ -87,66 +60,113 @@ def sample_tokens(
     schedule: ScaleSchedule,
     options: SamplingOptions,
     seeds: Sequence[int],
-) -> Tensor:
-    """Draws the tokens of one picture per caption; (B, L) int64.
+    *,
+    known: KnownTokens | None = None,
+    on_scale: Callable[[SampledScale], None] | None = None,
+) -> SampledPictures:
+    """Draws one picture per caption. Tokens never leave the device.
 
-    seeds: one per picture; a picture depends on its own seed, not on the batch it is in. empty_text: features of one
-    empty caption, used for the unconditional half under guidance (golden/README.md: logits = (1 + t) cond - t uncond,
-    t = guidance * k / (K - 1)).
+    seeds: one per picture; a picture's random numbers depend on its own seed, not on the batch it is in (the logits
+    may differ in their last bits with the batch, as matrix products do). empty_text: features of one empty caption,
+    for the unconditional half under guidance. Scales after the last guided one run without that half; earlier ones
+    run with it also where their own guidance is 0, because later ones need its keys and values.
+
+    Raises:
+        UserError: not one seed per caption, or options for another number of scales.
     """
     batch = len(text.lengths)
     if len(seeds) != batch:
-        raise ValueError(f"{batch} captions but {len(seeds)} seeds")
-    device = model.word_embed.weight.device
-    dtype = model.word_embed.weight.dtype
-    hidden, pooled, lengths = text.hidden_SW, text.pooled_BW, text.lengths
-    if options.guidance > 0:
-        hidden = torch.cat([hidden, empty_text.hidden_SW.repeat(batch, 1)])
-        pooled = torch.cat([pooled, empty_text.pooled_BW.repeat(batch, 1)])
-        lengths = lengths + empty_text.lengths * batch
-    hidden, pooled = hidden.to(device, dtype), pooled.to(device, dtype)
-    rows = len(lengths)
-    cache = CachedAttention(model, rows, schedule, lengths)
+        raise UserError(f"{batch} captions but {len(seeds)} seeds; give one seed per picture")
+    by_scale = options.by_scale(len(schedule))
+    guided_scales = max((scale + 1 for scale, chosen in enumerate(by_scale) if chosen.guidance), default=0)
+    device, dtype = model.word_embed.weight.device, model.word_embed.weight.dtype
+    hidden_SW, pooled_RW, starts, lengths = _pack_text(text, empty_text if guided_scales else None)
+    hidden_SW, pooled_RW = hidden_SW.to(device, dtype), pooled_RW.to(device, dtype)
+    cache = KeyValueCache(model, schedule, starts, lengths)
     rotary = model.rotary((schedule,), device)
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    latent = quantizer.empty_latent(batch, schedule)
-    x_RNC: Tensor | None = None
-    all_tokens = []
+    latent_BCHH = quantizer.empty_latent(batch, schedule)
+    input_BNC: Tensor | None = None
+    tokens = []
     for scale, (start, end) in enumerate(zip(schedule.starts, schedule.ends)):
-        x_TD = model.start_token(pooled) if x_RNC is None else model.word_embed(x_RNC.to(dtype)).flatten(0, 1)
+        chosen = by_scale[scale]
+        rows = 2 * batch if scale < guided_scales else batch
+        if input_BNC is None:
+            x_TD = model.start_token(pooled_RW[:rows])
+        else:
+            x_TD = model.word_embed(input_BNC.to(dtype)).repeat(rows // batch, 1, 1).flatten(0, 1)
         positions_T = torch.arange(start, end, device=device).repeat(rows)
         x_TD = model.add_positions(x_TD, torch.full_like(positions_T, scale), positions_T)
         scale_rotary = None if rotary is None else tuple(table[start:end].repeat(rows, 1) for table in rotary)
-        cache.begin_scale(start, end)
-        logits_RNV = model.head_logits(model.run_blocks(x_TD, hidden, scale_rotary, cache)).unflatten(0, (rows, -1))
-        if options.guidance > 0:
-            strength = options.guidance * scale / max(len(schedule) - 1, 1)
-            conditional, unconditional = logits_RNV.chunk(2)
-            logits_RNV = (1 + strength) * conditional - strength * unconditional
-        tokens_BN = draw(logits_RNV, options, generators)
-        all_tokens.append(tokens_BN)
-        latent, next_BNC = quantizer.next_input(latent, tokens_BN, scale, schedule)
-        if next_BNC is not None:
-            x_RNC = next_BNC.repeat(rows // batch, 1, 1)
-    return torch.cat(all_tokens, dim=1)
+        cache.begin_scale(start, end, rows)
+        x_TD = model.run_blocks(x_TD, hidden_SW, scale_rotary, cache)
+        if not chosen.guidance:
+            x_TD = x_TD[: batch * (end - start)]
+        logits_BNV = model.head_logits(x_TD).unflatten(0, (-1, end - start))
+        if chosen.guidance:
+            conditional, unconditional = logits_BNV.chunk(2)
+            logits_BNV = conditional + chosen.guidance * (conditional - unconditional)
+        tokens_BN, weights_BNV = draw(logits_BNV, chosen, generators)
+        with full_float32(device):
+            codes_BNC = quantizer.embedding(tokens_BN)
+            if weights_BNV is not None:
+                codes_BNC = weights_BNV @ quantizer.embedding.weight
+            kept = None if known is None else known.at(latent_BCHH, scale)
+            if kept is not None:
+                tokens_BN = torch.where(kept[1], kept[0], tokens_BN)
+                codes_BNC = torch.where(kept[1].unsqueeze(-1), quantizer.embedding(tokens_BN), codes_BNC)
+            latent_BCHH, input_BNC = quantizer.next_input_of_codes(latent_BCHH, codes_BNC, scale, schedule)
+        tokens.append(tokens_BN)
+        if on_scale is not None:
+            on_scale(SampledScale(scale, len(schedule), tokens_BN, latent_BCHH))
+    return SampledPictures(torch.cat(tokens, dim=1), latent_BCHH)
 
 
-def draw(logits_BNV: Tensor, options: SamplingOptions, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draws one token per position after temperature, top-k and top-p; (B, N, V) -> (B, N) int64."""
+def _pack_text(
+    text: TextFeatures, empty_text: TextFeatures | None
+) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]]:
+    """Text of all rows: (S, W) with the empty caption once, pooled (R, W), where each row's stands, and its length."""
+    starts = tuple(sum(text.lengths[:row]) for row in range(len(text.lengths)))
+    if empty_text is None:
+        return text.hidden_SW, text.pooled_BW, starts, text.lengths
+    batch = len(starts)
+    return (
+        torch.cat([text.hidden_SW, empty_text.hidden_SW.to(text.hidden_SW)]),
+        torch.cat([text.pooled_BW, empty_text.pooled_BW.to(text.pooled_BW).expand(batch, -1)]),
+        starts + (len(text.hidden_SW),) * batch,
+        text.lengths + empty_text.lengths * batch,
+    )
+
+
+def draw(
+    logits_BNV: Tensor, options: ScaleOptions, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor | None]:
+    """Draws one token per position after temperature, top-k and top-p.
+
+    Returns the tokens (B, N) int64, and with smoothing the weights of the codes' mixture (B, N, V), else None. A token
+    is the largest of log p plus Gumbel noise over the kept candidates, which is a draw from their distribution.
+    """
     if options.top_k == 1:
-        return logits_BNV.argmax(-1)
-    logits_BNV = logits_BNV / options.temperature
-    if options.top_k:
-        smallest_kept = logits_BNV.topk(min(options.top_k, logits_BNV.shape[-1]), dim=-1).values[..., -1:]
-        logits_BNV = logits_BNV.masked_fill(logits_BNV < smallest_kept, float("-inf"))
+        return logits_BNV.argmax(-1), None
+    logits_BNM, candidates_BNM = logits_BNV / options.temperature, None
+    if options.top_k or options.top_p:
+        vocab_size = logits_BNV.shape[-1]
+        logits_BNM, candidates_BNM = logits_BNM.topk(min(options.top_k or vocab_size, vocab_size), dim=-1)
     if options.top_p:
-        ordered, order = logits_BNV.sort(-1, descending=True)
-        probabilities = ordered.softmax(-1)
+        probabilities = logits_BNM.softmax(-1)
         # A token goes when those before it already hold top_p; the likeliest always stays.
         dropped = probabilities.cumsum(-1) - probabilities >= options.top_p
         dropped[..., 0] = False
-        logits_BNV = logits_BNV.masked_fill(dropped.gather(-1, order.argsort(-1)), float("-inf"))
-    probabilities_BNV = logits_BNV.softmax(-1)
-    rows = [torch.multinomial(row, 1, generator=g).squeeze(-1) for row, g in zip(probabilities_BNV, generators)]
-    return torch.stack(rows)
+        logits_BNM = logits_BNM.masked_fill(dropped, float("-inf"))
+    noise = [torch.empty_like(logits_BNM[0]).exponential_(generator=generator) for generator in generators]
+    # -log of an exponential is Gumbel noise. A draw of exactly 0 would let even a dropped token win.
+    scores_BNM = logits_BNM - torch.stack(noise).clamp_(min=SMALLEST_NOISE).log()
+    drawn_BN1 = scores_BNM.argmax(-1, keepdim=True)
+    tokens_BN1 = drawn_BN1 if candidates_BNM is None else candidates_BNM.gather(-1, drawn_BN1)
+    weights_BNV = None
+    if options.smoothing:
+        weights_BNV = (scores_BNM / options.smoothing).softmax(-1)
+        if candidates_BNM is not None:
+            weights_BNV = torch.zeros_like(logits_BNV).scatter(-1, candidates_BNM, weights_BNV)
+    return tokens_BN1.squeeze(-1), weights_BNV

@@ -16,8 +16,8 @@ from star_dist.data.pictures import to_pil
 from star_dist.data.schema import decode_captions, decode_tokens, read_metadata
 from star_dist.errors import UserError
 from star_dist.inference.grid import GridSection, draw_grid
+from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import StarPipeline
-from star_dist.inference.sampler import SamplingOptions
 from star_dist.tokenizer.io import tokenizer_hash
 
 TITLES = {

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from star_dist.errors import UserError
 from star_dist.files import read_json_object, write_text_atomically
@@ -49,10 +51,19 @@ def load_tokenizer(path: Path) -> MultiScaleVQVAE:
         raise UserError(
             f"no tokenizer at {path}; tokenizer.path takes a tokenizer folder or the public checkpoint file"
         )
+    return build_tokenizer(config, weights, str(path))
+
+
+def build_tokenizer(config: VQVAEConfig, weights: Mapping[str, Tensor], source: str) -> MultiScaleVQVAE:
+    """A frozen tokenizer in eval mode on the CPU with the given weights, in float32.
+
+    Raises:
+        UserError: names or shapes that do not fit the architecture; `source` names them.
+    """
     # Not on the meta device: drawing initial weights there imports torch's compiler, which takes seconds.
     with torch.random.fork_rng(devices=[]):
         model = MultiScaleVQVAE(config)
-    check_names_and_shapes(weights, model.state_dict(), str(path))
+    check_names_and_shapes(weights, model.state_dict(), source)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return model.eval().requires_grad_(False)
 

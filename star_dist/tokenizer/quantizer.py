@@ -69,8 +69,12 @@ class MultiScaleQuantizer(nn.Module):
 
     def contribution(self, tokens_BN: Tensor, scale: int, schedule: ScaleSchedule) -> Tensor:
         """What the tokens of one scale add to the latent; (B, N) -> (B, C, H, H)."""
+        return self.contribution_of_codes(self.embedding(tokens_BN), scale, schedule)
+
+    def contribution_of_codes(self, codes_BNC: Tensor, scale: int, schedule: ScaleSchedule) -> Tensor:
+        """The same for codes, which may be mixtures of the codebook's; (B, N, C) -> (B, C, H, H)."""
         side = schedule.sides[scale]
-        codes_BCnn = self.embedding(tokens_BN).transpose(1, 2).unflatten(2, (side, side))
+        codes_BCnn = codes_BNC.transpose(1, 2).unflatten(2, (side, side))
         if side != schedule.latent_side:
             codes_BCnn = F.interpolate(codes_BCnn, size=(schedule.latent_side,) * 2, mode="bicubic")
         return self.quant_resi.at(scale, len(schedule))(codes_BCnn)
@@ -82,8 +86,7 @@ class MultiScaleQuantizer(nn.Module):
         """
         residual_BCHH = latent_BCHH.detach()
         for scale, side in enumerate(schedule.sides):
-            last = scale == len(schedule) - 1
-            target_BCnn = residual_BCHH if last else F.interpolate(residual_BCHH, size=(side, side), mode="area")
+            target_BCnn = shrink(residual_BCHH, side)
             with torch.no_grad():
                 tokens_BN = self.nearest_codes(target_BCnn)
             contribution_BCHH = self.contribution(tokens_BN, scale, schedule)
@@ -124,7 +127,13 @@ class MultiScaleQuantizer(nn.Module):
 
         Returns the new latent (B, C, H, H) and the input of scale + 1, (B, N of scale + 1, C), None after the last.
         """
-        latent_BCHH = latent_BCHH + self.contribution(tokens_BN, scale, schedule)
+        return self.next_input_of_codes(latent_BCHH, self.embedding(tokens_BN), scale, schedule)
+
+    def next_input_of_codes(
+        self, latent_BCHH: Tensor, codes_BNC: Tensor, scale: int, schedule: ScaleSchedule
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for codes (B, N, C), which may be mixtures of the codebook's."""
+        latent_BCHH = latent_BCHH + self.contribution_of_codes(codes_BNC, scale, schedule)
         if scale + 1 == len(schedule):
             return latent_BCHH, None
         side = schedule.sides[scale + 1]
@@ -145,6 +154,11 @@ class MultiScaleQuantizer(nn.Module):
                 latent_BCHH, input_BNC = self.next_input(latent_BCHH, tokens_BN, scale, schedule)
                 inputs.append(input_BNC)
             return torch.cat(inputs, dim=1)
+
+
+def shrink(maps_BCHH: Tensor, side: int) -> Tensor:
+    """Area averages of square maps at one scale; maps of that side already are taken as they are."""
+    return maps_BCHH if maps_BCHH.shape[-1] == side else F.interpolate(maps_BCHH, size=(side, side), mode="area")
 
 
 def scale_tokens(tokens_BL: Tensor, scale: int, schedule: ScaleSchedule) -> Tensor:

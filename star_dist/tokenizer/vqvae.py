@@ -194,3 +194,9 @@ class MultiScaleVQVAE(nn.Module):
         """Pictures of tokens; (B, L) -> (B, 3, side, side) clamped to [-1, 1]."""
         with full_float32(tokens_BL.device):
             return self.decode_latent(self.quantize.decode(tokens_BL, schedule)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def decode_quantized(self, latent_BCHH: Tensor) -> Tensor:
+        """Pictures of a quantized latent, also of a running sum; (B, C, H, H) -> (B, 3, side, side) in [-1, 1]."""
+        with full_float32(latent_BCHH.device):
+            return self.decode_latent(latent_BCHH).clamp(-1, 1)

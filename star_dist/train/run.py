@@ -48,7 +48,7 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     if config.train.init_from is not None and checkpoint is None and (process.rank == 0 or config.train.zero_stage < 3):
         from star_dist.export import initial_weights_from
 
-        weights = initial_weights_from(Path(config.train.init_from), config)
+        weights = initial_weights_from(config.train.init_from, config, tokenizer_hash(tokenizer))
 
     from star_dist.train.engine import Engine
     from star_dist.train.trainer import Trainer

@@ -19,7 +19,6 @@ from star_dist.data.schema import DatasetMetadata
 from star_dist.errors import UserError
 from star_dist.inference.grid import GridSection, draw_grid
 from star_dist.inference.pipeline import StarPipeline
-from star_dist.inference.sampler import SamplingOptions
 from star_dist.model.flops import training_flops
 from star_dist.model.layout import PackedLayout
 from star_dist.model.star import STAR, pack_inputs
@@ -261,8 +260,7 @@ class Trainer:
                 model = STAR(self.engine.model.config, self.config.model.attention)
             model.load_state_dict({k: v.to(self.device, dtype) for k, v in weights.items()}, assign=True)
             pipeline = StarPipeline(model.eval(), self.tokenizer, self.text_encoder)
-            options = SamplingOptions(samples.guidance, samples.top_k, samples.top_p)
-            pictures = pipeline(samples.prompts, samples.seed, options)
+            pictures = pipeline(samples.prompts, samples.seed, samples.sampling_options())
             path = self.run_dir / "samples" / f"step_{done:08d}.png"
             path.parent.mkdir(exist_ok=True)
             cells = [([picture], prompt) for picture, prompt in zip(pictures, samples.prompts)]

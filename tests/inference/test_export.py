@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
-from star_dist.export import initial_weights_from
+from star_dist.export import initial_weights_from, read_export_config
+from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import StarPipeline
-from star_dist.inference.sampler import SamplingOptions, sample_tokens
+from star_dist.inference.sampler import sample_pictures
 from star_dist.train.export_checkpoint import export_checkpoint
 from tests.ranks import run_ranks
 from tests.train.runs import train_on, weights
@@ -82,11 +83,12 @@ def test_greedy_tokens_equal_those_of_the_training_engine(trained: RunConfig, ex
         encoder = TextEncoder(trained.text, torch.device("cpu"))
         quantizer = load_tokenizer(Path(trained.tokenizer.path)).quantize
         text, empty = encoder(PROMPTS), encoder([""])
-        return sample_tokens(model, quantizer, text, empty, trained.schedule, GREEDY, [0, 0, 0]).numpy()
+        drawn = sample_pictures(model, quantizer, text, empty, trained.schedule, GREEDY, [0, 0, 0])
+        return drawn.tokens_BL.numpy()
 
     expected, _ = run_ranks(from_engine, 2)
     pipeline = StarPipeline.from_pretrained(exported)
-    found = pipeline.sample_tokens(pipeline.text_encoder(PROMPTS), GREEDY, [0, 0, 0])
+    found = pipeline.sample(PROMPTS, [0, 0, 0], GREEDY).tokens_BL
     assert np.array_equal(found.numpy(), expected)
     assert len({tuple(row) for row in expected.tolist()}) > 1  # the text does matter
 
@@ -164,12 +166,21 @@ def test_levels_of_another_schedule_take_the_nearest_relative_position(
     run_config: MakeConfig, exported: Path, tmp_path: Path
 ) -> None:
     stored = load_file(exported / "model.safetensors")["lvl_embed.weight"]
-    same = initial_weights_from(exported, run_config())
+    tokenizer = read_export_config(exported).tokenizer_hash
+    same = initial_weights_from(exported, run_config(), tokenizer)
     assert torch.equal(same["lvl_embed.weight"], stored)
     more = run_config(scales=[1, 2, 3, 4, 5, 6, 8], resolution=32)
-    extended = initial_weights_from(exported, more)["lvl_embed.weight"]
-    assert torch.equal(extended, stored[[0, 0, 1, 2, 2, 2, 3]])  # 0.5 and 2.5 round to the even level
-    with pytest.raises(UserError, match=r"was trained with model\.rope_convention paper, the run has public"):
-        initial_weights_from(exported, run_config(model={"rope_convention": "public"}))
-    with pytest.raises(UserError, match="does not fit"):
-        initial_weights_from(exported, run_config(model={"width": 64}))
+    extended = initial_weights_from(exported, more, tokenizer)
+    assert torch.equal(extended.pop("lvl_embed.weight"), stored[[0, 0, 1, 2, 2, 2, 3]])  # halves round to even levels
+    assert all(torch.equal(tensor, same[name]) for name, tensor in extended.items())
+    for changed, said in [
+        (
+            dict(model={"rope_convention": "public"}),
+            r"was trained with model\.rope_convention paper, the run has public",
+        ),
+        (dict(model={"width": 64}), r"was trained with model\.width 32, the run has 64"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            initial_weights_from(exported, run_config(**changed), tokenizer)
+    with pytest.raises(UserError, match=rf"tokens of tokenizer {tokenizer}, the run's tokenizer.path has 0123"):
+        initial_weights_from(exported, run_config(), "0123")

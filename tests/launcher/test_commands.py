@@ -19,6 +19,10 @@ COMMANDS = [
     ["launcher/train.py"],
     ["launcher/train_tokenizer.py"],
     ["launcher/export.py"],
+    ["launcher/convert.py"],
+    ["launcher/edit.py"],
+    ["-m", "star_dist.command"],
+    ["-m", "star_dist.command", "serve"],
     ["launcher/sample.py"],
     ["launcher/sample_grid.py"],
     ["-m", "data_prep.tokenize"],
@@ -32,7 +36,7 @@ def run(*command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_answers_at_once(command: list[str]) -> None:
     """The fastest of three, because another process may hold the machine for a moment."""
     times = []
@@ -54,15 +58,51 @@ def test_help_answers_at_once(command: list[str]) -> None:
         (["launcher/train.py", "--config", "absent.json"], "cannot read config absent.json"),
         (["launcher/train.py", "--config", "configs/d30.json", "train.steps=soon"], "train.steps: input should be"),
         (
+            ["launcher/train.py", "--config", "configs/d30.json", "samples.top_k=[1,2]"],
+            "top_k has 2 values, the model has 10 scales; give one value or 10",
+        ),
+        (
             ["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "7"],
             "is not a multiple of train.micro_batch 16 x 7 ranks",
         ),
         (["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "0"], "--gpus must be positive"),
         (["launcher/export.py", "absent", "--out", "out"], "absent is no run folder"),
+        (
+            ["launcher/edit.py", "outpaint", "absent", "absent.png", "heart", "--out", "x.png", "--box", "0,1"],
+            "--box takes four numbers, left,top,right,bottom; got '0,1'",
+        ),
+        (
+            ["launcher/edit.py", "vary", "absent", "absent.png", "heart", "--out", "x.png", "--keep-scales", "1"],
+            "cannot read absent.png",
+        ),
+        (["-m", "star_dist.command", "serve", "absent"], "absent is no inference folder"),
+        (["-m", "star_dist.command", "serve", "absent", "--port", "99999"], "--port must lie in 0..65535, got 99999"),
+        (["-m", "star_dist.command", "serve", "absent", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1 port 7860"),
+        (["launcher/convert.py", "to-public", "absent", "--out", "no/out"], "absent is no inference folder"),
+        (
+            [
+                "launcher/convert.py",
+                "from-public",
+                "--transformer",
+                "a",
+                "--tokenizer",
+                "b",
+                "--out",
+                "c",
+                "--scales",
+                "2,1",
+            ],
+            "--scales takes growing whole numbers from 1 on, got '2,1'",
+        ),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png"], "absent is no inference folder"),
         (["launcher/sample.py", "absent", "--out", "x.png"], "no prompt given"),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.gif"], "must end in .png or .jpg"),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--top-p", "7"], "top_p must lie in 0..1"),
+        (
+            ["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--top-k", "1,x"],
+            "--top-k takes whole numbers separated by commas, got '1,x'",
+        ),
+        (["launcher/sample.py", "no/such", "a heart", "--out", "x.png"], "there is no folder no/such, and no Hugging"),
         (
             ["-m", "data_prep.tokenize", "--config", "configs/prep/demo.json", "tokenizer=/absent"],
             "no tokenizer at /absent",

@@ -11,13 +11,13 @@ import torch
 from safetensors import safe_open
 
 from star_dist.errors import UserError
-from star_dist.export import check_weights
 from star_dist.model import attention
 from star_dist.model.config import StarConfig
 from star_dist.model.initialization import initialize_weights
 from star_dist.model.layout import PackedLayout
 from star_dist.model.rope import axis_coordinates, schedule_rotary
 from star_dist.model.star import STAR, pack_inputs
+from star_dist.public_layout import check_weights
 from star_dist.scales import ScaleSchedule
 from tests.model.flash_stand_in import StandIn
 

@@ -1,0 +1,228 @@
+"""How fast pictures are drawn: by resolution and batch, share of every scale, against a naive sampler and the floor.
+
+`python benchmarks/sample.py --config configs/d30.json --batches 1,8,32 --json sample.json`; weights are random,
+which takes the same time as trained ones. The naive sampler computes all tokens so far again at every scale, in the
+same run with the same guidance. The floor is the larger of two times: all weights (and the cache) read once per scale
+at the measured copy bandwidth, and the FLOPs of both halves at the measured matrix-product rate. Every round times the
+matrix product, our sampler and the naive one after another; times and ratios are medians over rounds, so that what else
+the machine does falls on all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from measure import chosen_device, device_name, median_seconds, print_table, wait_for, write_json
+from tqdm import tqdm
+
+from star_dist.cli import command_parser, run_command
+from star_dist.config import RunConfig, load_config
+from star_dist.errors import UserError
+from star_dist.inference.options import SamplingOptions
+from star_dist.inference.sampler import SampledScale, sample_pictures
+from star_dist.model.flops import forward_flops
+from star_dist.model.initialization import initialize_weights
+from star_dist.model.layout import PackedLayout
+from star_dist.model.star import STAR, pack_inputs
+from star_dist.scales import ScaleSchedule
+from star_dist.text import TextFeatures
+from star_dist.tokenizer.config import VQVAEConfig
+from star_dist.tokenizer.quantizer import MultiScaleQuantizer
+from star_dist.tokenizer.vqvae import MultiScaleVQVAE
+
+TEXT_TOKENS, EMPTY_TOKENS = 20, 2  # a caption of a dozen words, and the empty one's first and last token
+COPIED_BYTES = 2**28
+OPTIONS = SamplingOptions(4.0, top_k=1)
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("--config", default="configs/d16.json", help="run configuration that gives sizes and scales")
+    parser.add_argument("--batches", default="1", help="pictures drawn together, separated by commas (default 1)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="timed drawings, of which the median counts (default 5)")
+    parser.add_argument("--no-naive", action="store_true", help="leave the naive sampler out")
+    parser.add_argument("--no-decode", action="store_true", help="leave the VQ-VAE decoder out")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count this process's CPU time: on a CPU shared with others, one thread"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="results for scripts")
+    arguments = parser.parse_args()
+
+    device = chosen_device()
+    if arguments.cpu_time and (device.type != "cpu" or torch.get_num_threads() != 1):
+        raise UserError(f"--cpu-time is for one CPU thread, this is {device_name(device)}; set OMP_NUM_THREADS=1")
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[arguments.dtype]
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    config = load_config(RunConfig, arguments.config)
+    schedule = config.schedule
+    model = random_model(config, device, dtype)
+    torch.manual_seed(0)
+    vqvae = MultiScaleVQVAE(VQVAEConfig(vocab_size=config.tokenizer.vocab_size, code_dim=config.tokenizer.code_dim))
+    vqvae = vqvae.to(device).eval().requires_grad_(False)
+    matmul_flops = measured_matmul_flops(device, dtype, clock)
+    bandwidth = measured_bandwidth(device, clock)
+    print(f"{device_name(device)}: {matmul_flops / 1e12:.3g} TFLOP/s in {dtype}, {bandwidth / 1e9:.3g} GB/s")
+
+    rows, scale_rows = [], []
+    for batch in map(int, arguments.batches.split(",")):
+        text, empty = random_text(config.text.width, [TEXT_TOKENS] * batch, [EMPTY_TOKENS])
+        row, shares = measure(model, vqvae, schedule, text, empty, device, bandwidth, arguments, clock)
+        row = {"resolution": config.resolution, "batch": batch} | row
+        rows.append(row)
+        scale_rows += [{"batch": batch} | share for share in shares]
+    print_table("Drawing", rows)
+    print_table("Share of every scale", scale_rows)
+    tables = {"config": arguments.config, "dtype": str(dtype), "matmul_flops": matmul_flops, "bandwidth": bandwidth}
+    write_json(arguments.json, device, tables | {"drawing": rows, "scales": scale_rows})
+
+
+def measure(
+    model: STAR,
+    vqvae: MultiScaleVQVAE,
+    schedule: ScaleSchedule,
+    text: TextFeatures,
+    empty: TextFeatures,
+    device: torch.device,
+    bandwidth: float,
+    arguments: argparse.Namespace,
+    clock: Callable[[], float],
+) -> tuple[dict[str, float | None], list[dict[str, float]]]:
+    """One row of the table, and the rows of its scales."""
+    batch, repeats = len(text.lengths), arguments.repeats
+    quantizer, seeds = vqvae.quantize, list(range(batch))
+
+    def draw(on_scale=None):
+        return sample_pictures(model, quantizer, text, empty, schedule, OPTIONS, seeds, on_scale=on_scale)
+
+    rounds = []
+    draw()
+    for _ in tqdm(range(repeats), desc=f"batch {batch}", unit="round"):
+        rate = measured_matmul_flops(device, model.word_embed.weight.dtype, clock)
+        ours_s = median_seconds(draw, device, 1, warmup=0, clock=clock)
+        naive_s = float("nan")
+        if not arguments.no_naive:
+            naive = partial(naive_tokens, model, quantizer, text, empty, schedule)
+            naive_s = median_seconds(naive, device, 1, warmup=0, clock=clock)
+        rounds.append((rate, ours_s, naive_s))
+    drawn = draw()
+    if not arguments.no_naive and dtype_is_exact(model):
+        assert torch.equal(drawn.tokens_BL, naive_tokens(model, quantizer, text, empty, schedule))
+    decode_s = None
+    if not arguments.no_decode:
+        decode_s = median_seconds(
+            lambda: vqvae.decode_quantized(drawn.latent_BCHH), device, repeats, warmup=1, clock=clock
+        )
+    flops = batch * sum(
+        sum(forward_flops(model.config, schedule, length).values()) for length in (TEXT_TOKENS, EMPTY_TOKENS)
+    )
+    weight = model.word_embed.weight
+    weight_bytes = sum(parameter.numel() for parameter in model.parameters()) * weight.element_size()
+    cached = (
+        2 * 2 * batch * model.config.depth * model.config.width * weight.element_size()
+    )  # keys, values; both halves
+    read_bytes = len(schedule) * weight_bytes + cached * sum(schedule.ends)
+    rates, ours, naive = (torch.tensor(column, dtype=torch.float64) for column in zip(*rounds))
+    flops_s, read_s = flops / rates, read_bytes / bandwidth
+    sample_s = ours.median().item()
+    row = {
+        "sample_s": sample_s,
+        "decode_s": decode_s,
+        "pictures_per_s": batch / (sample_s + (decode_s or 0)),
+        "naive_s": None if arguments.no_naive else naive.median().item(),
+        "naive_over_ours": None if arguments.no_naive else (naive / ours).median().item(),
+        "flops_s": flops_s.median().item(),
+        "read_s": read_s,
+        "ours_over_flops": (ours / flops_s).median().item(),
+        "ours_over_floor": (ours / flops_s.clamp(min=read_s)).median().item(),
+    }
+    return row, scale_shares(draw, schedule, device, clock)
+
+
+def measured_matmul_flops(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    """FLOP/s of a matrix product that is large enough for the device's full rate."""
+    side = 4096 if device.type == "cuda" else 1024
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / median_seconds(lambda: matrix @ matrix, device, 5, clock=clock)
+
+
+def dtype_is_exact(model: STAR) -> bool:
+    """Whether both samplers must agree on every token; in bf16 ties break differently."""
+    return model.word_embed.weight.dtype == torch.float32
+
+
+def scale_shares(
+    draw, schedule: ScaleSchedule, device: torch.device, clock: Callable[[], float]
+) -> list[dict[str, float]]:
+    """Seconds of every scale in one drawing, each waited for."""
+    times = []
+
+    def note(drawn: SampledScale) -> None:
+        wait_for(device)
+        times.append(clock())
+
+    wait_for(device)
+    start = clock()
+    draw(note)
+    durations = [after - before for before, after in zip([start, *times], times)]
+    return [
+        {"scale": side, "tokens": length, "seconds": duration, "share": duration / sum(durations)}
+        for side, length, duration in zip(schedule.sides, schedule.lengths, durations)
+    ]
+
+
+@torch.no_grad()
+def naive_tokens(
+    model: STAR, quantizer: MultiScaleQuantizer, text: TextFeatures, empty: TextFeatures, schedule: ScaleSchedule
+) -> torch.Tensor:
+    """The same tokens without a cache: all scales so far go through the model again at every scale; (B, L)."""
+    batch = len(text.lengths)
+    device = model.word_embed.weight.device
+    both = TextFeatures.pack([text[i] for i in range(batch)] + [empty[0]] * batch)
+    hidden, pooled = both.hidden_SW.to(device), both.pooled_BW.to(device)
+    latent_BCHH = quantizer.empty_latent(batch, schedule)
+    inputs = [latent_BCHH.new_zeros(batch, 1, model.config.code_dim)]
+    tokens = []
+    for scale, (start, end) in enumerate(zip(schedule.starts, schedule.ends)):
+        so_far = ScaleSchedule(schedule.sides[: scale + 1])
+        layout = PackedLayout.uniform(so_far, 2 * batch, both.lengths)
+        inputs_TC = pack_inputs(torch.cat(inputs, dim=1)[:, 1:].repeat(2, 1, 1))
+        logits = model(inputs_TC, hidden, pooled, layout=layout).view(2, batch, end, -1)[:, :, start:]
+        strength = OPTIONS.guidance * scale / (len(schedule) - 1)
+        tokens.append((logits[0] + strength * (logits[0] - logits[1])).argmax(-1))
+        latent_BCHH, input_BNC = quantizer.next_input(latent_BCHH, tokens[-1], scale, schedule)
+        if input_BNC is not None:
+            inputs.append(input_BNC)
+    return torch.cat(tokens, dim=1)
+
+
+def random_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> STAR:
+    model = STAR(config.star_config())
+    initialize_weights(model, seed=0)
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def random_text(width: int, lengths: list[int], empty_lengths: list[int]) -> tuple[TextFeatures, TextFeatures]:
+    generator = torch.Generator().manual_seed(0)
+
+    def features(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(tokens, width, generator=generator), torch.randn(width, generator=generator)
+
+    return TextFeatures.pack([features(n) for n in lengths]), TextFeatures.pack([features(n) for n in empty_lengths])
+
+
+def measured_bandwidth(device: torch.device, clock: Callable[[], float]) -> float:
+    """Bytes per second that a copy reads and writes."""
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPIED_BYTES / median_seconds(lambda: target.copy_(source), device, 5, clock=clock)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,80 @@
+"""Convert public checkpoints to an inference folder, and back; exact both ways.
+
+`python launcher/convert.py from-public --transformer star_d16.pth --tokenizer vae_ch160v4096z32.pth --out DIR` reads
+STAR's transformer and VAR's VQ-VAE (.pth files with weights_only, or .safetensors).
+`python launcher/convert.py to-public exports/d16 --out public/d16` writes star.pth, vae.pth and conversion.json, which
+says what the files do not: RoPE convention, scales, text encoder.
+"""
+
+from star_dist.cli import command_parser, run_command
+from star_dist.errors import UserError
+from star_dist.scales import ScaleSchedule
+
+DEFAULT_SCALES = "1,2,3,4,5,6,8,10,13,16"
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    ways = parser.add_subparsers(dest="way", required=True, metavar="from-public | to-public")
+    ours = ways.add_parser("from-public", help="public checkpoint files to an inference folder")
+    ours.add_argument("--transformer", required=True, metavar="FILE", help="STAR transformer, .pth or .safetensors")
+    ours.add_argument("--tokenizer", required=True, metavar="FILE", help="VAR's VQ-VAE, .pth or .safetensors")
+    ours.add_argument("--out", required=True, metavar="DIR", help="inference folder to write (replaced if it is one)")
+    ours.add_argument("--scales", default=DEFAULT_SCALES, help=f"sides of the token maps (default {DEFAULT_SCALES})")
+    ours.add_argument(
+        "--rope-convention", choices=("public", "paper"), default="public", help="of the weights (default public)"
+    )
+    ours.add_argument("--norm-groups", type=int, default=32, help="of the VQ-VAE's GroupNorm (default 32)")
+    ours.add_argument("--text-encoder", metavar="ID", help="id or folder (default: Stable Diffusion 2.1's, as STAR)")
+    ours.add_argument("--text-encoder-subfolder", metavar="NAME", help="the model in it (default text_encoder)")
+    ours.add_argument("--text-tokenizer-subfolder", metavar="NAME", help="its tokenizer (default tokenizer)")
+    ours.add_argument("--text-max-tokens", type=int, help="tokens of a prompt that are read (default 77)")
+    ours.add_argument("--licence", metavar="ID", help="of the weights, as the hub names it, for the model card")
+    public = ways.add_parser("to-public", help="an inference folder to public checkpoint files")
+    public.add_argument("model", metavar="DIR", help="inference folder or Hugging Face id")
+    public.add_argument("--out", required=True, metavar="DIR", help="new folder for the files")
+    public.add_argument("--format", choices=("pth", "safetensors"), default="pth", help="of the files (default pth)")
+    arguments = parser.parse_args()
+
+    import logging
+    from pathlib import Path
+
+    from star_dist.config import TextSection, parse_config
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if arguments.way == "from-public":
+        if arguments.norm_groups < 1:
+            raise UserError(f"--norm-groups must be positive, got {arguments.norm_groups}")
+        try:
+            scales = ScaleSchedule(tuple(int(part) for part in arguments.scales.split(","))).sides
+        except ValueError as error:
+            raise UserError(
+                f"--scales takes growing whole numbers from 1 on, got {arguments.scales!r}: {error}"
+            ) from None
+        given = {
+            "encoder": arguments.text_encoder,
+            "encoder_subfolder": arguments.text_encoder_subfolder,
+            "tokenizer_subfolder": arguments.text_tokenizer_subfolder,
+            "max_tokens": arguments.text_max_tokens,
+        }
+        text = parse_config(TextSection, {key: value for key, value in given.items() if value is not None}, "--text-…")
+        from star_dist.conversion import from_public
+
+        files = Path(arguments.transformer), Path(arguments.tokenizer)
+        convention, groups = arguments.rope_convention, arguments.norm_groups
+        config = from_public(*files, Path(arguments.out), scales, convention, text, arguments.licence, groups)
+        print(
+            f"{arguments.out}: depth {config.model.depth}, width {config.model.width}, {config.resolution} pixels, "
+            f"scales {list(scales)}, RoPE convention {convention}, {config.dtype}, text encoder {config.text.encoder}"
+        )
+        return
+    from star_dist.conversion import to_public
+
+    record = to_public(arguments.model, Path(arguments.out), arguments.format)
+    print(f"{arguments.out}: star.{arguments.format}, vae.{arguments.format}, conversion.json")
+    for name, value in record["public_code_must_change"].items():
+        logging.warning("warning: the model has %s %s, for which STAR's public code must be changed", name, value)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,72 @@
+"""Edit pictures with a trained model.
+
+`python launcher/edit.py inpaint exports/d30 photo.png "a red hat" --mask hat.png --out new.png` draws what is white in
+the mask anew and keeps what is black. `outpaint … --box 0.25,0.25,0.75,0.75` places the picture there on the canvas
+(left, top, right, bottom as fractions) and draws its surroundings. `vary … --keep-scales 4` keeps the picture's first
+scales, so layout and colours, and draws the details anew. Several pictures (--count) make out-0.png, out-1.png, …
+"""
+
+from star_dist.cli import command_parser, run_command
+from star_dist.inference.options import add_sampling_arguments, sampling_options
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    ways = parser.add_subparsers(dest="way", required=True, metavar="inpaint | outpaint | vary")
+    for way in ("inpaint", "outpaint", "vary"):
+        one = ways.add_parser(way)
+        one.add_argument("model", metavar="DIR", help="inference folder or Hugging Face id")
+        one.add_argument("picture", metavar="PICTURE", help="square picture, resized to what the model draws")
+        one.add_argument("prompt", metavar="PROMPT")
+        one.add_argument("--out", required=True, metavar="FILE", help="picture file, .png or .jpg")
+        one.add_argument("--count", type=int, default=1, help="pictures to draw (default 1)")
+        one.add_argument("--seed", type=int, default=0, help="seed of the first picture; it counts up (default 0)")
+        if way == "inpaint":
+            one.add_argument("--mask", required=True, metavar="FILE", help="of the picture's size; white is drawn anew")
+        elif way == "outpaint":
+            one.add_argument("--box", required=True, metavar="L,T,R,B", help="its place, fractions of the canvas")
+        else:
+            one.add_argument("--keep-scales", type=int, required=True, metavar="N", help="scales to keep of it")
+        add_sampling_arguments(one)
+    arguments = parser.parse_args()
+
+    from pathlib import Path
+
+    from star_dist.errors import UserError
+
+    options = sampling_options(arguments)
+    if arguments.count < 1:
+        raise UserError(f"--count must be positive, got {arguments.count}")
+    out = Path(arguments.out)
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"--out {out} must end in .png or .jpg")
+    box = ()
+    if arguments.way == "outpaint":
+        try:
+            box = tuple(float(part) for part in arguments.box.split(","))
+        except ValueError:
+            box = ()
+        if len(box) != 4:
+            raise UserError(f"--box takes four numbers, left,top,right,bottom; got {arguments.box!r}")
+
+    from star_dist.data.pictures import read_picture
+
+    picture = read_picture(Path(arguments.picture))
+    mask = read_picture(Path(arguments.mask)) if arguments.way == "inpaint" else None
+
+    from star_dist.inference import editing
+    from star_dist.inference.pipeline import StarPipeline
+
+    pipeline = StarPipeline.from_pretrained(arguments.model)
+    how = {"inpaint": mask, "outpaint": box, "vary": getattr(arguments, "keep_scales", None)}[arguments.way]
+    prompts = [arguments.prompt] * arguments.count
+    pictures = getattr(editing, arguments.way)(pipeline, prompts, picture, how, arguments.seed, options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for i, drawn in enumerate(pictures):
+        path = out if len(pictures) == 1 else out.with_stem(f"{out.stem}-{i}")
+        drawn.save(path)
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

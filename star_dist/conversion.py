@@ -1,0 +1,157 @@
+"""Public STAR transformers and VAR tokenizers to inference folders, and inference folders to the public layout.
+
+Both ways are exact: every tensor keeps its values, and what the public layout has beyond our parameters comes back as
+it was (`public_layout.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from star_dist.config import TextSection
+from star_dist.errors import UserError
+from star_dist.export import (
+    PUBLIC_EXTRAS_FILE,
+    ExportConfig,
+    fetch_inference_folder,
+    load_export_tokenizer,
+    load_model,
+    write_inference_folder,
+)
+from star_dist.files import write_text_atomically
+from star_dist.model.config import RopeConvention
+from star_dist.model.star import STAR
+from star_dist.model_card import ModelFacts
+from star_dist.public_layout import (
+    CLASS_EMBEDDING,
+    PUBLIC_NORM_GROUPS,
+    PUBLIC_ROPE,
+    check_weights,
+    infer_star_config,
+    infer_tokenizer_config,
+    public_weights,
+)
+from star_dist.scales import ScaleSchedule
+from star_dist.tokenizer.io import build_tokenizer, tokenizer_hash
+from star_dist.weights import read_weights
+
+EXACT_IN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
+TRANSFORMER_FILE = "star"
+TOKENIZER_FILE = "vae"
+RECORD_FILE = "conversion.json"
+
+
+def from_public(
+    transformer: Path,
+    tokenizer: Path,
+    out: Path,
+    scales: tuple[int, ...],
+    rope_convention: RopeConvention,
+    text: TextSection,
+    licence: str | None = None,
+    norm_groups: int = PUBLIC_NORM_GROUPS,
+) -> ExportConfig:
+    """Writes the inference folder of public checkpoint files (.pth or .safetensors); returns what its config says.
+
+    Sizes are read off the tensors. What they do not tell: scales, rope_convention, and norm_groups of the tokenizer.
+    text: the encoder; its width is set to what the transformer takes. bf16 weights stay bf16; others are stored in
+    fp32, which holds fp16 exactly.
+
+    Raises:
+        UserError: files that are damaged or hold something else, or scales for another number of levels.
+    """
+    weights = read_weights(transformer)
+    config = infer_star_config(weights, scales, rope_convention, str(transformer))
+    with torch.device("meta"):
+        model = STAR(config)
+    kept = check_weights(weights, model, str(transformer))
+    dtypes = {tensor.dtype for tensor in kept.values()}
+    foreign = sorted(str(dtype) for dtype in dtypes - set(EXACT_IN_FP32))
+    if foreign:
+        raise UserError(f"{transformer} holds {', '.join(foreign)}; weights are stored in bf16 or fp32")
+    tokenizer_weights = read_weights(tokenizer)
+    tokenizer_config = infer_tokenizer_config(tokenizer_weights, scales, norm_groups, str(tokenizer))
+    for name in ("vocab_size", "code_dim"):
+        ours, theirs = getattr(config, name), getattr(tokenizer_config, name)
+        if ours != theirs:
+            raise UserError(f"{transformer} has {name} {ours}, {tokenizer} has {theirs}; they are not of one model")
+    vqvae = build_tokenizer(tokenizer_config, tokenizer_weights, str(tokenizer))
+    export = ExportConfig(
+        model=config,
+        text=text.model_copy(update={"width": config.text_width}),
+        tokenizer_hash=tokenizer_hash(vqvae),
+        resolution=ScaleSchedule(scales).resolution(tokenizer_config.downsampling),
+        dtype="bf16" if dtypes == {torch.bfloat16} else "fp32",
+        run_name=transformer.stem,
+        step=0,
+        facts=ModelFacts(
+            source=f"converted from {transformer.name} (sha256 {_sha256(transformer)}) and {tokenizer.name} "
+            f"(sha256 {_sha256(tokenizer)})",
+            licence=licence,
+        ),
+    )
+    extras = {name: tensor.contiguous() for name, tensor in weights.items() if name == CLASS_EMBEDDING}
+    write_inference_folder(out, kept, export, vqvae, extras)
+    return export
+
+
+def to_public(source: str | Path, out: Path, kind: Literal["pth", "safetensors"]) -> dict[str, Any]:
+    """Writes `star`, `vae` and a record of what the files do not say into a new folder; returns the record.
+
+    Raises:
+        UserError: no inference folder, one that the public code cannot express, or an `out` that is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; choose another --out")
+    folder = fetch_inference_folder(source)
+    config, model = load_model(folder)
+    tokenizer = load_export_tokenizer(folder, config)
+    extras_path = folder / PUBLIC_EXTRAS_FILE
+    extras = read_weights(extras_path) if extras_path.is_file() else {}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    public = public_weights(weights, config.model, extras.get(CLASS_EMBEDDING))
+    out.mkdir(parents=True, exist_ok=True)
+    _write(public, out / f"{TRANSFORMER_FILE}.{kind}")
+    _write(tokenizer.state_dict(), out / f"{TOKENIZER_FILE}.{kind}")
+    groups = tokenizer.config.norm_groups
+    differs = {
+        "rope_convention": (config.model.rope_convention, PUBLIC_ROPE),
+        "norm_groups": (groups, PUBLIC_NORM_GROUPS),
+    }
+    record = {
+        "public_code_must_change": {name: ours for name, (ours, public) in differs.items() if ours != public},
+        "rope_convention": config.model.rope_convention,
+        "rope_theta": config.model.rope_theta,
+        "rope_extent": config.model.rope_extent,
+        "norm_groups": groups,
+        "scales": list(config.model.scales),
+        "resolution": config.resolution,
+        "text": config.text.model_dump(mode="json"),
+        "tokenizer_hash": config.tokenizer_hash,
+        "class_embedding": "as converted" if extras else "zeros; no computation uses it",
+        "source": {"run_name": config.run_name, "step": config.step},
+    }
+    write_text_atomically(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def _write(weights: Mapping[str, Tensor], path: Path) -> None:
+    # Clones, because saving a view would save all of what it is a view of.
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
+    if path.suffix == ".safetensors":
+        save_file(weights, path, metadata={"format": "pt"})
+    else:
+        torch.save(weights, path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

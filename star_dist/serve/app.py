@@ -1,0 +1,182 @@
+"""The web application: one page, and the API that the page and scripts use.
+
+    GET    /                                 the page
+    GET    /api/model                        what the model draws, and the limits
+    POST   /api/jobs                         requests.DrawRequest -> 202 and the job; 422 what is wrong; 503 queue full
+    GET    /api/jobs/ID                      the job's state
+    GET    /api/jobs/ID/events               its states as server-sent events, until it is finished
+    GET    /api/jobs/ID/scales/K/I.png       picture I after scale K
+    GET    /api/jobs/ID/pictures/I.png       picture I
+    DELETE /api/jobs/ID                      cancels it
+
+Every error is {"error": "one sentence"}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from star_dist.errors import UserError
+from star_dist.inference.pipeline import StarPipeline
+from star_dist.serve.jobs import FINISHED, Job, QueueFull, Worker
+from star_dist.serve.limits import Limits
+from star_dist.serve.requests import DrawRequest, check_request
+
+PAGE = Path(__file__).with_name("page.html")
+EVENT_INTERVAL_S = 0.05
+# Everything comes from this server, so that a prompt that looks like HTML could load nothing.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "img-src 'self' data: blob:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+PICTURE_HEADERS = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
+
+
+def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[str] | None) -> FastAPI:
+    """The application around a loaded model.
+
+    name: shown on the page. hosts: names that requests may address, against pages elsewhere that point their own name
+    at this machine; null allows any.
+    """
+    worker = Worker(pipeline, limits)
+
+    @asynccontextmanager
+    async def run_worker(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await asyncio.to_thread(worker.stop)
+
+    app = FastAPI(title=name, lifespan=run_worker, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(BodyLimit, limit=limits.body_bytes)
+    if hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+
+    @app.exception_handler(UserError)
+    async def user_error(request: Request, error: UserError) -> JSONResponse:
+        return _error(503 if isinstance(error, QueueFull) else 422, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return _error(422, f"{where}: {first['msg']}" if where else first["msg"])
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return _error(error.status_code, str(error.detail))
+
+    def find(job_id: str) -> Job:
+        try:
+            return worker.find(job_id)
+        except KeyError:
+            raise HTTPException(404, "there is no such drawing, or it is too old and was dropped") from None
+
+    def describe(job: Job) -> dict[str, Any]:
+        return job.describe() | {"waiting_before": worker.position(job)}
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(), headers=PAGE_HEADERS)
+
+    @app.get("/api/model")
+    async def model() -> dict[str, Any]:
+        return {
+            "name": name,
+            "resolution": pipeline.resolution,
+            "scales": pipeline.schedule.sides,
+            "vocab_size": pipeline.model.config.vocab_size,
+            "step": pipeline.origin.step if pipeline.origin else 0,
+            "max_pictures": limits.pictures,
+            "max_prompt_letters": limits.prompt_letters,
+        }
+
+    @app.post("/api/jobs", status_code=202)
+    async def submit(request: DrawRequest) -> dict[str, Any]:
+        return describe(worker.submit(check_request(request, limits, len(pipeline.schedule))))
+
+    @app.get("/api/jobs/{job_id}")
+    async def state(job_id: str) -> dict[str, Any]:
+        return describe(find(job_id))
+
+    @app.get("/api/jobs/{job_id}/events")
+    async def events(job_id: str) -> StreamingResponse:
+        return StreamingResponse(_events(find(job_id), describe), media_type="text/event-stream", headers=PAGE_HEADERS)
+
+    @app.get("/api/jobs/{job_id}/scales/{scale}/{picture}.png")
+    async def preview(job_id: str, scale: int, picture: int) -> Response:
+        previews = find(job_id).previews
+        if not (0 <= scale < len(previews) and 0 <= picture < len(previews[scale])):
+            raise HTTPException(404, "that picture is not drawn yet")
+        return Response(previews[scale][picture], media_type="image/png", headers=PICTURE_HEADERS)
+
+    @app.get("/api/jobs/{job_id}/pictures/{picture}.png")
+    async def finished(job_id: str, picture: int) -> Response:
+        return await preview(job_id, find(job_id).num_scales - 1, picture)
+
+    @app.delete("/api/jobs/{job_id}", status_code=202)
+    async def cancel(job_id: str) -> dict[str, Any]:
+        job = find(job_id)
+        job.cancel.set()
+        return describe(job)
+
+    return app
+
+
+async def _events(job: Job, describe: Any) -> AsyncIterator[str]:
+    """The job's description whenever it changes, until it is finished."""
+    last = None
+    while True:
+        finished = job.state in FINISHED  # before describing: what is finished changes no more
+        description = describe(job)
+        if description != last:
+            yield f"data: {json.dumps(description)}\n\n"
+            last = description
+        if finished:
+            return
+        await asyncio.sleep(EVENT_INTERVAL_S)
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": message}, status)
+
+
+class BodyLimit:
+    """Refuses request bodies beyond a size, declared or not, before they are held in memory."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        received = 0
+        body: list[Message] = []
+        more = True
+        while more:
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:
+                refusal = _error(413, f"the request is larger than the limit of {self.limit} bytes")
+                return await refusal(scope, receive, send)
+            body.append(message)
+            more = message.get("more_body", False)
+
+        async def replay() -> Message:
+            return body.pop(0) if body else await receive()
+
+        return await self.app(scope, replay, send)

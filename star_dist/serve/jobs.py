@@ -1,0 +1,155 @@
+"""One worker that draws job after job, a bounded queue before it, and the last finished jobs' pictures in memory."""
+
+from __future__ import annotations
+
+import io
+import logging
+import queue
+import secrets
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from PIL import Image
+
+from star_dist.errors import UserError
+from star_dist.inference.pipeline import StarPipeline
+from star_dist.inference.sampler import SampledScale
+from star_dist.serve.limits import Limits
+from star_dist.serve.requests import Drawing
+
+logger = logging.getLogger(__name__)
+
+State = Literal["waiting", "drawing", "done", "failed", "cancelled"]
+FINISHED = ("done", "failed", "cancelled")
+
+
+class QueueFull(UserError):
+    """There is no room for another job now."""
+
+
+class Cancelled(Exception):
+    """Ends a drawing between two scales."""
+
+
+@dataclass
+class Job:
+    """previews: PNG files of every picture, scale by scale; the last scale's are the pictures themselves."""
+
+    drawing: Drawing
+    num_scales: int
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
+    state: State = "waiting"
+    error: str | None = None
+    previews: list[list[bytes]] = field(default_factory=list)
+    cancel: threading.Event = field(default_factory=threading.Event)
+
+    def describe(self) -> dict[str, Any]:
+        """The job as the API shows it. scales_done: for how many scales there are previews."""
+        return {
+            "id": self.id,
+            "state": self.state,
+            "error": self.error,
+            "prompts": self.drawing.prompts,
+            "seeds": self.drawing.seeds,
+            "num_scales": self.num_scales,
+            "scales_done": len(self.previews),
+            "pictures": [f"api/jobs/{self.id}/pictures/{i}.png" for i in range(len(self.drawing.prompts))]
+            if self.state == "done"
+            else [],
+        }
+
+
+class Worker:
+    """Draws jobs in their order of arrival on a thread of its own."""
+
+    def __init__(self, pipeline: StarPipeline, limits: Limits) -> None:
+        self.pipeline = pipeline
+        self.limits = limits
+        self.jobs: OrderedDict[str, Job] = OrderedDict()
+        self.lock = threading.Lock()
+        self.queue: queue.Queue[Job | None] = queue.Queue(maxsize=limits.waiting)
+        self.thread = threading.Thread(target=self._run, name="drawing", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Ends after the running scale; jobs that wait are cancelled."""
+        with self.lock:
+            for job in self.jobs.values():
+                job.cancel.set()
+        self.queue.put(None)
+        self.thread.join()
+
+    def submit(self, drawing: Drawing) -> Job:
+        """Queues a job.
+
+        Raises:
+            QueueFull: as many jobs wait as may.
+        """
+        job = Job(drawing, len(self.pipeline.schedule))
+        with self.lock:
+            try:
+                self.queue.put_nowait(job)
+            except queue.Full:
+                raise QueueFull(
+                    f"{self.limits.waiting} jobs are waiting, which is the limit; try again in a moment"
+                ) from None
+            self.jobs[job.id] = job
+            finished = [other.id for other in self.jobs.values() if other.state in FINISHED]
+            for old in finished[: max(0, len(finished) - self.limits.kept)]:
+                del self.jobs[old]
+        return job
+
+    def find(self, job_id: str) -> Job:
+        """A job by its id.
+
+        Raises:
+            KeyError: there is none, or it was dropped as too old.
+        """
+        with self.lock:
+            return self.jobs[job_id]
+
+    def position(self, job: Job) -> int:
+        """How many jobs are drawn before this one."""
+        with self.lock:
+            unfinished = [other for other in self.jobs.values() if other.state not in FINISHED]
+        return unfinished.index(job) if job in unfinished else 0
+
+    def _run(self) -> None:
+        while (job := self.queue.get()) is not None:
+            if job.cancel.is_set():
+                job.state = "cancelled"
+                continue
+            job.state = "drawing"
+            try:
+                self._draw(job)
+                job.state = "done"
+            except Cancelled:
+                job.state = "cancelled"
+            except UserError as error:
+                job.error, job.state = str(error), "failed"
+            except Exception as error:
+                # Whatever it is (most likely memory), the page must say so and the next job must be drawn.
+                logger.exception("job %s failed", job.id)
+                job.error, job.state = (
+                    f"drawing failed: {type(error).__name__}; the server's log has the details",
+                    "failed",
+                )
+
+    def _draw(self, job: Job) -> None:
+        def keep(drawn: SampledScale) -> None:
+            if job.cancel.is_set():
+                raise Cancelled
+            job.previews.append([_png(picture) for picture in self.pipeline.decode(drawn.latent_BCHH)])
+
+        drawing = job.drawing
+        self.pipeline.sample(drawing.prompts, drawing.seeds, drawing.options, on_scale=keep)
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()

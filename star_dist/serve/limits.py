@@ -1,0 +1,17 @@
+"""What one server lets its users ask for. Imports neither torch nor pydantic, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """pictures: drawn by one job, so that a batch fits the memory. prompt_letters: of each prompt. waiting: jobs in the
+    queue besides the one that is drawn. kept: finished jobs whose pictures stay in memory. body_bytes: of a request."""
+
+    pictures: int = 16
+    prompt_letters: int = 1000
+    waiting: int = 16
+    kept: int = 100
+    body_bytes: int = 256 * 1024

@@ -1,0 +1,180 @@
+"""The API of `star-dist serve`, called over HTTP as scripts call it."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from star_dist.inference.options import SamplingOptions
+from star_dist.inference.pipeline import StarPipeline
+from star_dist.serve.app import create_app
+from star_dist.serve.limits import Limits
+from star_dist.serve.server import LOOPBACK_HOSTS
+
+LIMITS = Limits(pictures=4, prompt_letters=50, waiting=2, kept=3, body_bytes=2000)
+DEADLINE_S = 60
+
+
+@pytest.fixture(scope="module")
+def pipeline(inference_folder: Path) -> StarPipeline:
+    return StarPipeline.from_pretrained(inference_folder)
+
+
+@pytest.fixture
+def client(pipeline: StarPipeline) -> Iterator[TestClient]:
+    with TestClient(create_app(pipeline, "tiny", LIMITS, LOOPBACK_HOSTS), base_url="http://127.0.0.1:7860") as client:
+        yield client
+
+
+@pytest.fixture
+def held(pipeline: StarPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Drawings wait at their first scale until this is called."""
+    gate = threading.Event()
+    decode = StarPipeline.decode
+
+    def waiting(self: StarPipeline, latent: object) -> list[Image.Image]:
+        assert gate.wait(DEADLINE_S)
+        return decode(self, latent)
+
+    monkeypatch.setattr(StarPipeline, "decode", waiting)
+    yield gate.set
+    gate.set()
+
+
+def submit(client: TestClient, **body: object) -> dict:
+    response = client.post("/api/jobs", json={"prompts": ["red heart"]} | body)
+    assert response.status_code == 202, response.text
+    return response.json()
+
+
+def wait(client: TestClient, job: dict, *states: str) -> dict:
+    deadline = time.monotonic() + DEADLINE_S
+    while (found := client.get(f"/api/jobs/{job['id']}").json())["state"] not in (states or ("done",)):
+        assert time.monotonic() < deadline and found["state"] != "failed", found
+        time.sleep(0.01)
+    return found
+
+
+def picture(client: TestClient, path: str) -> Image.Image:
+    response = client.get(path)
+    assert response.status_code == 200 and response.headers["content-type"] == "image/png"
+    return Image.open(io.BytesIO(response.content)).convert("RGB")
+
+
+def test_a_batch_draws_what_the_pipeline_draws(client: TestClient, pipeline: StarPipeline) -> None:
+    prompts = ["red heart", "blue flag"]
+    job = wait(client, submit(client, prompts=prompts, seed=[3, 9], guidance=2.0, top_k=[1, 5, 5, 0], temperature=0.9))
+    expected = pipeline(prompts, [3, 9], SamplingOptions(2.0, top_k=(1, 5, 5, 0), temperature=0.9))
+    assert [picture(client, path).tobytes() for path in job["pictures"]] == [drawn.tobytes() for drawn in expected]
+    last = picture(client, f"/api/jobs/{job['id']}/scales/3/1.png")
+    first = picture(client, f"/api/jobs/{job['id']}/scales/0/1.png")
+    assert last.tobytes() == expected[1].tobytes() != first.tobytes()
+
+
+def test_seeds_count_up_or_are_drawn(client: TestClient) -> None:
+    assert submit(client, count=3, seed=7)["seeds"] == [7, 8, 9]
+    assert submit(client)["seeds"] != submit(client)["seeds"]
+
+
+def test_events_tell_every_scale(client: TestClient) -> None:
+    job = submit(client, count=2)
+    states = []
+    with client.stream("GET", f"/api/jobs/{job['id']}/events") as response:
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                states.append(json.loads(line.removeprefix("data: ")))
+    assert states[-1]["state"] == "done" and states[-1]["scales_done"] == 4 and len(states[-1]["pictures"]) == 2
+    done = [state["scales_done"] for state in states]
+    assert done == sorted(done)
+
+
+def test_model_tells_what_can_be_asked(client: TestClient) -> None:
+    found = client.get("/api/model").json()
+    assert found["resolution"] == 16 and found["scales"] == [1, 2, 3, 4] and found["max_pictures"] == 4
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": ["  "]}, "the prompt is empty"),
+        ({"prompts": ["x" * 51]}, "a prompt has 51 letters, the limit is 50"),
+        ({"count": 5}, "5 pictures were asked for, the limit is 4"),
+        ({"prompts": ["a", "b", "c"], "count": 2}, "6 pictures were asked for, the limit is 4"),
+        ({"count": 0}, "the number of pictures must be at least 1, got 0"),
+        ({"seed": -1}, "a seed must lie in 0.."),
+        ({"seed": [1, 2]}, "1 pictures were asked for with 2 seeds"),
+        ({"top_k": [1, 2]}, "top_k has 2 values, the model has 4 scales"),
+        ({"top_p": 2.0}, "top_p must lie in 0..1, got 2"),
+        ({"guidance": "high"}, "guidance: Input should be a valid number"),
+        ({"gidance": 1.0}, "gidance: Extra inputs are not permitted"),
+        ({"prompts": "red heart"}, "prompts: Input should be a valid list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_mistakes_are_one_sentence(client: TestClient, body: dict, said: str) -> None:
+    response = client.post("/api/jobs", json={"prompts": ["red heart"]} | body)
+    assert response.status_code == 422 and said in response.json()["error"]
+
+
+def test_requests_from_elsewhere_are_refused(client: TestClient) -> None:
+    assert client.get("/api/model", headers={"Host": "evil.example"}).status_code == 400
+    assert client.get("/api/model", headers={"Host": "localhost:7860"}).status_code == 200
+    plain = client.post("/api/jobs", content='{"prompts": ["x"]}', headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 422  # what a form of a foreign page could send
+    large = client.post("/api/jobs", json={"prompts": ["x" * 3000]})
+    assert large.status_code == 413 and "limit of 2000 bytes" in large.json()["error"]
+    chunks = client.post(
+        "/api/jobs", content=(b"x" * 500 for _ in range(9)), headers={"Content-Type": "application/json"}
+    )
+    assert chunks.status_code == 413
+    assert client.post("/api/jobs", content=b"{", headers={"Content-Type": "application/json"}).status_code == 422
+    for path in ("/api/jobs/none", "/api/jobs/none/events", "/api/jobs/none/pictures/0.png", "/nothing"):
+        response = client.get(path)
+        assert response.status_code == 404 and response.json()["error"]
+
+
+def test_queue_is_bounded_and_drawings_can_be_cancelled(client: TestClient, held: Callable[[], None]) -> None:
+    running = submit(client)
+    wait(client, running, "drawing")
+    waiting = [submit(client) for _ in range(2)]
+    assert waiting[1]["waiting_before"] == 2
+    full = client.post("/api/jobs", json={"prompts": ["red heart"]})
+    assert full.status_code == 503 and "2 jobs are waiting, which is the limit" in full.json()["error"]
+    for job in (running, waiting[0]):
+        assert client.delete(f"/api/jobs/{job['id']}").status_code == 202
+    held()
+    assert wait(client, running, "cancelled")["scales_done"] < 4
+    wait(client, waiting[0], "cancelled")
+    assert wait(client, waiting[1])["scales_done"] == 4
+
+
+def test_old_drawings_are_dropped(client: TestClient) -> None:
+    jobs = [wait(client, submit(client)) for _ in range(5)]
+    known = [client.get(f"/api/jobs/{job['id']}").status_code for job in jobs]
+    assert known == [404, 200, 200, 200, 200]  # the newest, and the three that were finished before it came
+
+
+def test_a_drawing_that_fails_says_so_and_the_next_is_drawn(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StarPipeline, "sample", fail)
+        job = submit(client)
+        deadline = time.monotonic() + DEADLINE_S
+        while (state := client.get(f"/api/jobs/{job['id']}").json())["state"] != "failed":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert state["error"] == "drawing failed: MemoryError; the server's log has the details"
+    wait(client, submit(client))

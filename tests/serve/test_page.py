@@ -1,0 +1,128 @@
+"""The page in a real browser: `star-dist serve` as people start it, and Debian's Chromium as they would use it.
+
+The demo's model is served where `make demo` has made it, else one with random weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "runs" / "demo" / "export"
+CHROMIUM = shutil.which("chromium")
+CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+REQUIRED = "STAR_DIST_BROWSER_REQUIRED"  # set by .ci/run, which installs the browser
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None and REQUIRED not in os.environ, reason="chromium is not installed (apt-get install chromium)"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def address(inference_folder: Path) -> Iterator[str]:
+    """Where the page is served."""
+    model = DEMO if (DEMO / "config.json").is_file() else inference_folder
+    command = [sys.executable, "-m", "star_dist.command", "serve", str(model), "--port", "0", "--max-pictures", "4"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        found = re.search(r"http://\S+", server.stdout.readline())
+        assert found, "the server did not start"
+        yield found[0]
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture
+def page(address: str) -> Iterator:
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM, f"{REQUIRED} is set but chromium is not installed"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1280, "height": 860})
+        page.set_default_timeout(60_000)
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(address)
+        page.wait_for_function("document.title.includes('star-dist') && model")
+        yield page
+        assert not problems
+        browser.close()
+
+
+def draw(page, prompt: str, **fields: str) -> None:
+    for name, value in ({"prompt": prompt} | fields).items():
+        page.fill(f"#{name}", value)
+    page.click("#draw")
+
+
+def finished(page, count: int) -> None:
+    page.wait_for_function("count => document.querySelectorAll('figcaption a').length === count", arg=count)
+    page.wait_for_function("!document.querySelector('#draw').disabled")
+
+
+def test_drawing_downloading_and_history(page, tmp_path: Path) -> None:
+    draw(page, "red heart", count="2", seed="5", top_k="3")
+    finished(page, 2)
+    figures = page.locator("figure")
+    scales = page.evaluate("model.scales.length")
+    assert figures.count() == 2 and page.locator("figure >> nth=0").locator(".strip button").count() == scales
+    assert page.locator("figcaption span").all_text_contents() == ["seed 5", "seed 6"]
+    natural = "document.querySelector('figure > img').naturalWidth"
+    page.wait_for_function(f"{natural} === model.resolution")
+
+    with page.expect_download() as download:
+        page.locator("figcaption a").nth(1).click()
+    assert download.value.suggested_filename == "red-heart-6.png"
+    download.value.save_as(tmp_path / "picture.png")
+    side = page.evaluate("model.resolution")
+    assert Image.open(tmp_path / "picture.png").size == (side, side)
+
+    page.locator(".strip button").first.click()  # the picture after the first scale
+    page.wait_for_function("document.querySelector('figure > img').src.includes('/scales/0/')")
+
+    draw(page, "<b>blue</b> flag", count="1", seed="1", top_k="7")
+    finished(page, 1)
+    assert page.locator("#title").text_content() == "<b>blue</b> flag"  # shown, not interpreted
+    page.reload()
+    entries = page.locator("#history li button")
+    entries.nth(1).wait_for()
+    assert entries.count() == 2
+    entries.nth(1).click()
+    finished(page, 2)
+    assert page.locator("#title").text_content() == "red heart" and page.input_value("#seed") == "5"
+    assert page.input_value("#top_k") == "3"
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    page.click("#forget")
+    assert page.locator("#history").is_hidden()
+
+
+def test_mistakes_are_messages_on_the_page(page) -> None:
+    for prompt, fields, said in [
+        ("red heart", {"count": "9"}, "9 pictures were asked for, the limit is 4; ask for fewer at a time"),
+        ("red heart", {"count": "two"}, "Pictures must be a whole number, got “two”"),
+        (
+            "red heart",
+            {"count": "1", "top_k": "1,1"},
+            "top_k has 2 values, the model has 4 scales; give one value or 4",
+        ),
+    ]:
+        draw(page, prompt, **fields)
+        page.wait_for_function("text => document.querySelector('#error').textContent === text", arg=said)
+        assert page.locator("#error").is_visible()
+    draw(page, "red heart", top_k="1,1,3,3")
+    finished(page, 1)
+    assert page.locator("#error").is_hidden()
