@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,14 @@ from tqdm import tqdm
 
 from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
+from star_dist.model import blocks
 from star_dist.model.attention import PackedAttention
 from star_dist.model.config import StarConfig
 from star_dist.model.flops import training_flops
 from star_dist.model.initialization import initialize_weights
 from star_dist.model.layout import PackedLayout
 from star_dist.model.recompute import Recompute
+from star_dist.model.rope import Rotary, rotate
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.train.metrics import GPU_PEAK_TFLOPS, measured_matmul_flops
@@ -59,7 +62,7 @@ class Case:
 
 
 class DenseStar(STAR):
-    """What published trainers run: a dense additive L x L mask, and logits and loss of the whole batch at once."""
+    """What published trainers run: a dense additive L x L mask, logits of the whole batch at once, single operations."""
 
     def forward(
         self, inputs_TC: Tensor, text_SW: Tensor, pooled_BW: Tensor, targets_T: Tensor, *, layout: PackedLayout
@@ -69,9 +72,16 @@ class DenseStar(STAR):
         x_TD = x_TD.index_copy(0, layout.first_tokens(device), self.start_token(pooled_BW.to(dtype)))
         x_TD = self.add_positions(x_TD, layout.scale_ids(device), layout.positions(device))
         context = PackedAttention(layout, DenseMaskKernel(), device)
-        x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device), context)
+        with mock.patch.object(blocks, "rotate_and_normalize", eager_rotate_and_normalize):
+            x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device), context)
         logits_TV = self.head_logits(x_TD)
         return F.cross_entropy(logits_TV, targets_T, reduction="none"), logits_TV.argmax(-1) == targets_T
+
+
+def eager_rotate_and_normalize(x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None) -> Tensor:
+    """What `rotate_and_normalize` is in PyTorch's own operations."""
+    unit_THd = F.normalize(x_THd.float() if rotary is None else rotate(x_THd.float(), rotary), dim=-1)
+    return (unit_THd if factor_H1 is None else unit_THd * factor_H1).to(x_THd.dtype)
 
 
 def build_step(kind: type[STAR], case: Case, device: torch.device) -> Callable[[], None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from star_dist.errors import UserError
 from star_dist.model import attention
@@ -263,3 +264,24 @@ def test_head_and_loss_are_float32_in_bf16() -> None:
     exact = STAR(TINY)
     initialize_weights(exact, seed=1)
     assert (logits - exact(pack_inputs(inputs), hidden, pooled, layout=layout)).abs().max() < 2e-3  # logits of 0.05
+
+
+def test_a_training_step_never_waits_for_the_device(tiny: STAR) -> None:
+    """Reading a value on the host is `_local_scalar_dense`; forward and backward pass have none."""
+
+    class CountReads(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.reads += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return function(*args, **(kwargs or {}))
+
+    layout = PackedLayout.uniform(SCHEDULE, 2, (3, 5))
+    inputs, hidden, pooled = random_batch((3, 5))
+    targets = torch.zeros(2 * SCHEDULE.num_tokens, dtype=torch.long)
+    with CountReads() as count:
+        losses, _ = tiny(pack_inputs(inputs), hidden, pooled, targets, layout=layout)
+        losses.sum().backward()
+        assert count.reads == 0
+        losses.sum().item()
+        assert count.reads == 1  # so the counter counts
