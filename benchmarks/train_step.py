@@ -62,7 +62,7 @@ class Case:
 
 
 class DenseStar(STAR):
-    """What published trainers run: a dense additive L x L mask, logits of the whole batch at once, single operations."""
+    """What published trainers run: a dense additive mask, logits of the whole batch at once, single operations."""
 
     def forward(
         self, inputs_TC: Tensor, text_SW: Tensor, pooled_BW: Tensor, targets_T: Tensor, *, layout: PackedLayout

@@ -15,11 +15,15 @@ class ScaleSchedule:
     The sequence of a picture is the concatenation of its flattened maps, so scale k occupies
     `[starts[k], ends[k])` of `num_tokens` positions. A token of scale k attends to every token of scales 1..k.
 
+    kept_lengths: tokens of each scale that training keeps, where it drops some (`star_dist.train.token_dropping`);
+    empty for all. Lengths, starts, ends and pairs are then of the kept ones.
+
     Raises:
         ValueError: the first side is not 1 (the start token predicts it), or the sides do not grow.
     """
 
     sides: tuple[int, ...]
+    kept_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sides", tuple(self.sides))
@@ -35,7 +39,7 @@ class ScaleSchedule:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each scale."""
-        return tuple(side * side for side in self.sides)
+        return self.kept_lengths or tuple(side * side for side in self.sides)
 
     @cached_property
     def ends(self) -> tuple[int, ...]:

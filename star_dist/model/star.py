@@ -62,9 +62,19 @@ class STAR(nn.Module):
             x_TD = x_TD + self.pos_embed(positions_T)
         return x_TD
 
-    def rotary(self, schedules: tuple[ScaleSchedule, ...], device: torch.device) -> Rotary | None:
-        """The rotations of all tokens of the given samples; none in the ablation without RoPE."""
-        return packed_rotary(self.config, schedules, device) if self.config.positions == "rope" else None
+    def rotary(
+        self, schedules: tuple[ScaleSchedule, ...], device: torch.device, positions_T: Tensor | None = None
+    ) -> Rotary | None:
+        """The rotations of all tokens of the given samples; none in the ablation without RoPE.
+
+        positions_T: where each token stands in its sample, for samples of one schedule that lack some.
+        """
+        if self.config.positions != "rope":
+            return None
+        if positions_T is None:
+            return packed_rotary(self.config, schedules, device)
+        cosines, sines = packed_rotary(self.config, (ScaleSchedule(schedules[0].sides),), device)
+        return cosines[positions_T], sines[positions_T]
 
     def run_blocks(self, x_TD: Tensor, text_SW: Tensor, rotary: Rotary | None, context: AttentionContext) -> Tensor:
         for block in self.blocks:
@@ -79,22 +89,25 @@ class STAR(nn.Module):
         targets_T: Tensor | None = None,
         *,
         layout: PackedLayout,
+        positions_T: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Teacher-forced prediction of every token.
 
         inputs_TC: what the tokenizer's `teacher_forcing_input` gives for scales 2..K, with a zero row for each sample's
         first token. text_SW: text features of all samples, one after another as `layout.text_lengths` says.
-        pooled_BW: pooled text. Returns logits (T, V) float32, or with targets the per-token cross-entropy (T,) and
+        pooled_BW: pooled text. positions_T: where each token stands in its sample, where the layout's one schedule has
+        `kept_lengths`. Returns logits (T, V) float32, or with targets the per-token cross-entropy (T,) and
         whether the likeliest token was the target (T,).
         """
         dtype = self.word_embed.weight.dtype
         device = inputs_TC.device
         x_TD = self.word_embed(inputs_TC.to(dtype))
         x_TD = x_TD.index_copy(0, layout.first_tokens(device), self.start_token(pooled_BW.to(dtype)))
-        x_TD = self.add_positions(x_TD, layout.scale_ids(device), layout.positions(device))
+        positions = layout.positions(device) if positions_T is None else positions_T
+        x_TD = self.add_positions(x_TD, layout.scale_ids(device), positions)
         kernel = choose_kernel(self.attention, device, dtype, training=torch.is_grad_enabled())
         context = PackedAttention(layout, kernel, device)
-        x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device), context)
+        x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device, positions_T), context)
         return self.head_logits(x_TD, targets_T)
 
 
