@@ -34,7 +34,7 @@ demo: .venv/installed
 	$(BIN)/python -m data_prep.tokenize --config configs/prep/demo.json
 	$(BIN)/deepspeed --num_gpus 2 launcher/train.py --config configs/demo.json
 	$(BIN)/python launcher/export.py $(DEMO)/train --out $(DEMO)/export --licence cc-by-sa-4.0
-	$(BIN)/python launcher/sample_grid.py $(DEMO)/export --data $(DEMO)/data --captions configs/demo_captions.txt --guidance 4 --top-k 3 --out $(DEMO)/samples.png
+	$(BIN)/python launcher/sample_grid.py $(DEMO)/export --data $(DEMO)/data --captions configs/demo_captions.txt --guidance-by-scale 1,1,2,3 --top-k 1,1,2,2 --out $(DEMO)/samples.png
 	@echo "Done: look at $(DEMO)/samples.png"
 
 clean-demo:
