@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +86,8 @@ def prepare_all(
     items: Iterable[SourceItem], config: PrepConfig, caption_names: tuple[str, ...], workers: int
 ) -> Iterator[Prepared]:
     """Prepares pictures on threads some batches ahead, in the source's order."""
-    with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
+        warnings.filterwarnings("ignore", module="PIL")  # of damaged pictures; what matters becomes a reason
         submitted = (pool.submit(prepare, item, config, caption_names) for item in items)
         ahead = deque(islice(submitted, 2 * config.batch + 2 * workers))
         try:
