@@ -57,15 +57,11 @@ def prepare(item: SourceItem, config: PrepConfig, caption_names: tuple[str, ...]
         description = item.describe()
         captions = {name: description.captions.get(name, "") for name in caption_names}
         _check_description(description, captions, config)
-        data = item.read()
+        data = read_item(item)
         read_at = time.perf_counter()
         image = decode_picture(data, lambda width, height: _check_size(width, height, config))
     except (UnreadablePicture, Rejected) as error:
         return Prepared(item.key, reason=str(error))
-    except OSError as error:
-        if error.errno in FILE_FAULTS:
-            return Prepared(item.key, reason=f"unreadable file: {error.strerror}")
-        raise UserError(f"cannot read {item.key}: {error.strerror or error}; run the same command again") from None
     wanted = [section for section in config.all_resolutions if min(image.size) >= section.min_side]
     pictures = {
         section.resolution: to_tensor(crop_and_resize(image, section.resolution)).contiguous() for section in wanted
@@ -80,6 +76,21 @@ def prepare(item: SourceItem, config: PrepConfig, caption_names: tuple[str, ...]
         read_s=read_at - started,
         decode_s=time.perf_counter() - read_at,
     )
+
+
+def read_item(item: SourceItem) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+        UnreadablePicture: the file is missing, may not be read or is none.
+        UserError: the storage fails, so that nothing is known of the picture.
+    """
+    try:
+        return item.read()
+    except OSError as error:
+        if error.errno in FILE_FAULTS:
+            raise UnreadablePicture(f"unreadable file: {error.strerror}") from None
+        raise UserError(f"cannot read {item.key}: {error.strerror or error}; run the same command again") from None
 
 
 def prepare_all(
