@@ -32,6 +32,8 @@ class Captioner:
         inputs: dict[str, Any] = {"images": [[picture] for picture in pictures] if self.nested else list(pictures)}
         if self.text is not None:
             inputs |= {"text": [self.text] * len(pictures), "padding": True}
+            if (first := self.tokenizer.bos_token) and self.text.startswith(first):
+                inputs["add_special_tokens"] = False  # the chat template has put it there
         encoded = self.processor(**inputs, return_tensors="pt").to(self.device)
         if "pixel_values" in encoded:
             encoded["pixel_values"] = encoded["pixel_values"].to(self.model.dtype)

@@ -36,10 +36,10 @@ TEXT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermed
 VISION = TEXT | dict(image_size=SIDE, patch_size=PATCH)
 
 
-def tokenizer(folder: Path) -> BertTokenizerFast:
+def tokenizer(folder: Path, **options: object) -> BertTokenizerFast:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(SPECIAL + WORDS))
-    return BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), additional_special_tokens=["<image>"])
+    return BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), additional_special_tokens=["<image>"], **options)
 
 
 def save_blip(folder: Path) -> None:
@@ -66,7 +66,7 @@ def save_vit_bert(folder: Path) -> None:
 
 def save_llava(folder: Path) -> None:
     """A decoder that takes picture and question by a chat template, and repeats them."""
-    words = tokenizer(folder)
+    words = tokenizer(folder, model_input_names=["input_ids", "attention_mask"])  # as those of such decoders
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**VISION),
         text_config=LlamaConfig(vocab_size=len(words), bos_token_id=2, eos_token_id=3, pad_token_id=0, **TEXT),
