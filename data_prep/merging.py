@@ -66,6 +66,7 @@ def merge(output: str, storage: StorageSection | None = None) -> dict[int, Datas
         store.write(f"{folder}{METADATA_FILE}", text.encode())
         counts = ", ".join(f"{split}: {count}" for split, count in found[section.resolution].splits.items())
         print(f"{output}/{folder}: {section.resolution} pixels, {counts}, from {job.partitions} partition(s)")
+    store.discard_unfinished()
     return found
 
 

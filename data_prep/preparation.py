@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -56,15 +57,11 @@ def prepare(item: SourceItem, config: PrepConfig, caption_names: tuple[str, ...]
         description = item.describe()
         captions = {name: description.captions.get(name, "") for name in caption_names}
         _check_description(description, captions, config)
-        data = item.read()
+        data = read_item(item)
         read_at = time.perf_counter()
         image = decode_picture(data, lambda width, height: _check_size(width, height, config))
     except (UnreadablePicture, Rejected) as error:
         return Prepared(item.key, reason=str(error))
-    except OSError as error:
-        if error.errno in FILE_FAULTS:
-            return Prepared(item.key, reason=f"unreadable file: {error.strerror}")
-        raise UserError(f"cannot read {item.key}: {error.strerror or error}; run the same command again") from None
     wanted = [section for section in config.all_resolutions if min(image.size) >= section.min_side]
     pictures = {
         section.resolution: to_tensor(crop_and_resize(image, section.resolution)).contiguous() for section in wanted
@@ -81,11 +78,27 @@ def prepare(item: SourceItem, config: PrepConfig, caption_names: tuple[str, ...]
     )
 
 
+def read_item(item: SourceItem) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+        UnreadablePicture: the file is missing, may not be read or is none.
+        UserError: the storage fails, so that nothing is known of the picture.
+    """
+    try:
+        return item.read()
+    except OSError as error:
+        if error.errno in FILE_FAULTS:
+            raise UnreadablePicture(f"unreadable file: {error.strerror}") from None
+        raise UserError(f"cannot read {item.key}: {error.strerror or error}; run the same command again") from None
+
+
 def prepare_all(
     items: Iterable[SourceItem], config: PrepConfig, caption_names: tuple[str, ...], workers: int
 ) -> Iterator[Prepared]:
     """Prepares pictures on threads some batches ahead, in the source's order."""
-    with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
+        warnings.filterwarnings("ignore", module="PIL")  # of damaged pictures; what matters becomes a reason
         submitted = (pool.submit(prepare, item, config, caption_names) for item in items)
         ahead = deque(islice(submitted, 2 * config.batch + 2 * workers))
         try:

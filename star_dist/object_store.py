@@ -24,6 +24,7 @@ CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 ATTEMPTS = 8  # with growing pauses, about a minute of a store that answers 503
 CONNECTIONS = 64
+UNFINISHED_FOLDER = ".unfinished"  # inside a local store, so that whatever a kill leaves is in one place
 
 REFUSALS = {
     "InvalidAccessKeyId": "the store does not know the access key; check AWS_ACCESS_KEY_ID or the profile",
@@ -72,6 +73,9 @@ class ObjectStore(Protocol):
 
     def exists(self, name: str) -> bool: ...
 
+    def discard_unfinished(self) -> None:
+        """Removes what killed writers have left; for when nobody else is writing."""
+
 
 def is_s3(url: str) -> bool:
     return url.startswith(S3_SCHEME)
@@ -111,7 +115,9 @@ class FolderStore:
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
         """The folder need not exist."""
-        for folder, _, files in os.walk(self.path / prefix.rpartition("/")[0]):
+        for folder, subfolders, files in os.walk(self.path / prefix.rpartition("/")[0]):
+            if UNFINISHED_FOLDER in subfolders:
+                subfolders.remove(UNFINISHED_FOLDER)
             for file in files:
                 path = Path(folder, file)
                 name = path.relative_to(self.path).as_posix()
@@ -122,17 +128,31 @@ class FolderStore:
         return (self.path / name).read_bytes()
 
     def download(self, name: str, path: Path) -> None:
-        _copy(self.path / name, path)
+        with _replaced(path) as partial:
+            shutil.copyfile(self.path / name, partial)
 
     def write(self, name: str, data: bytes) -> None:
-        with _replaced(self.path / name) as partial:
+        with self._unfinished(name) as partial:
             partial.write_bytes(data)
 
     def upload(self, path: Path, name: str) -> None:
-        _copy(path, self.path / name)
+        with self._unfinished(name) as partial:
+            shutil.copyfile(path, partial)
 
     def exists(self, name: str) -> bool:
         return (self.path / name).is_file()
+
+    def discard_unfinished(self) -> None:
+        shutil.rmtree(self.path / UNFINISHED_FOLDER, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _unfinished(self, name: str) -> Iterator[Path]:
+        """A file to write to, which then takes its place under the name."""
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path / UNFINISHED_FOLDER / uuid.uuid4().hex
+        partial.parent.mkdir(exist_ok=True)
+        yield partial
+        os.replace(partial, self.path / name)
 
 
 class S3Store:
@@ -181,6 +201,9 @@ class S3Store:
         except FileNotFoundError:
             return False
         return True
+
+    def discard_unfinished(self) -> None:
+        """Nothing is visible; parts of cut uploads go by the bucket's own rule (AbortIncompleteMultipartUpload)."""
 
     @property
     def client(self) -> Any:
@@ -269,8 +292,3 @@ def _replaced(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with _replaced(target) as partial:
-        shutil.copyfile(source, partial)

@@ -3,7 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from star_dist.config import ConfigError, PrepConfig, RunConfig, TokenizerTrainConfig, dump_config, load_config
+from star_dist.config import (
+    CaptionConfig,
+    ConfigError,
+    PrepConfig,
+    RunConfig,
+    TokenizerTrainConfig,
+    dump_config,
+    load_config,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = ["d16", "d30", "d30_512", "d30_1024", "demo"]
@@ -17,7 +25,9 @@ def test_shipped_runs_load_and_survive_a_round_trip(name: str, tmp_path: Path) -
 
 
 def test_other_shipped_configs_load() -> None:
-    assert load_config(PrepConfig, CONFIGS / "prep" / "demo.json").resolution
+    for name in ("demo", "folder_256", "s3_256_512_1024"):
+        assert load_config(PrepConfig, CONFIGS / "prep" / f"{name}.json").all_resolutions
+    assert load_config(CaptionConfig, CONFIGS / "prep" / "recaption.json").prompt
     for name in ("tokenizer", "tokenizer_demo"):
         assert load_config(TokenizerTrainConfig, CONFIGS / f"{name}.json").steps
 

@@ -105,3 +105,14 @@ def test_passing_faults_are_survived(s3: S3Bucket, s3_faults: FaultProxy, fault:
     store.download("x", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == b"x" * 100_000
     assert s3_faults.hits == {fault: 4}
+
+
+def test_what_a_killed_writer_leaves_is_not_listed_and_can_be_discarded(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.write("a", b"a")
+    with pytest.raises(FileNotFoundError):
+        store.upload(tmp_path / "absent", "b")
+    (tmp_path / ".unfinished" / "left").write_bytes(b"half")
+    assert names(store) == ["a"]
+    store.discard_unfinished()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

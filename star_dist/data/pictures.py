@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -36,16 +35,14 @@ def decode_picture(data: bytes, check_size: Callable[[int, int], None] | None = 
     if not data:
         raise UnreadablePicture("empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_formats())
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except Image.DecompressionBombError:  # of twice the limit
         raise UnreadablePicture("too many pixels") from None
     except Image.UnidentifiedImageError:
         raise UnreadablePicture("not a picture") from None
     except Exception as error:  # Pillow's plugins raise anything for damaged headers
         raise UnreadablePicture(_damage(error)) from None
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # the warnings above are per process, not per thread
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow only warns, which threads cannot catch safely
         raise UnreadablePicture("too many pixels")
     if check_size is not None:
         check_size(*image.size)

@@ -30,6 +30,31 @@ def test_sixteen_bits_keep_their_brightness() -> None:
     assert decode_picture(encoded(grey, "TIFF")).getpixel((0, 0)) == (128, 128, 128)
 
 
+def test_wider_values_are_taken_by_their_range() -> None:
+    floats = Image.fromarray(np.full((2, 2), 0.5, dtype=np.float32))
+    assert decode_picture(encoded(floats, "TIFF")).getpixel((0, 0)) == (128, 128, 128)
+    integers = Image.fromarray(np.full((2, 2), 0x4000, dtype=np.int32))
+    assert decode_picture(encoded(integers, "TIFF")).getpixel((0, 0)) == (64, 64, 64)
+    for beyond in (np.full((2, 2), 7.5, dtype=np.float32), np.full((2, 2), -1, dtype=np.int32)):
+        with pytest.raises(UnreadablePicture, match="outside of 0 to 1|beyond 16 bits"):
+            decode_picture(encoded(Image.fromarray(beyond), "TIFF"))
+
+
+def test_formats_that_start_programs_are_no_pictures() -> None:
+    with pytest.raises(UnreadablePicture, match="not a picture"):
+        decode_picture(encoded(Image.new("RGB", (4, 4)), "EPS"))
+
+
+def test_the_size_is_checked_before_the_pixels_are_decoded() -> None:
+    def refuse(width: int, height: int) -> None:
+        raise ValueError(f"{width} x {height}")
+
+    data = encoded(Image.new("RGB", (40, 30)))
+    for cut in (data, data[:60]):
+        with pytest.raises(ValueError, match="40 x 30"):
+            decode_picture(cut, refuse)
+
+
 def test_exif_rotation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the picture lies on its side

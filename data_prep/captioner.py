@@ -1,0 +1,97 @@
+"""Image-to-text and vision-language models of Hugging Face behind one call: pictures to captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from star_dist.config import CaptionConfig
+from star_dist.errors import UserError
+
+
+class Captioner:
+    """A model with its processor, by their Hugging Face id or folder; greedy, so the same picture has one caption.
+
+    Raises:
+        UserError: the model cannot be loaded, or is none that turns pictures into text, or needs a prompt.
+    """
+
+    def __init__(self, config: CaptionConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.processor, self.model = _load(config, device)
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.tokenizer.padding_side = "left"  # so that all new tokens start at the same place
+        self.text = self._prompt_text()
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
+        """One caption per picture, in one line."""
+        inputs: dict[str, Any] = {"images": [[picture] for picture in pictures] if self.nested else list(pictures)}
+        if self.text is not None:
+            inputs |= {"text": [self.text] * len(pictures), "padding": True}
+            if (first := self.tokenizer.bos_token) and self.text.startswith(first):
+                inputs["add_special_tokens"] = False  # the chat template has put it there
+        encoded = self.processor(**inputs, return_tensors="pt").to(self.device)
+        if "pixel_values" in encoded:
+            encoded["pixel_values"] = encoded["pixel_values"].to(self.model.dtype)
+        made = self.model.generate(**encoded, max_new_tokens=self.config.max_new_tokens, do_sample=False)
+        prompt = encoded.get("input_ids")
+        if prompt is not None and made.shape[1] >= prompt.shape[1]:
+            # Decoder-only models repeat the prompt before their answer, others do not.
+            repeated = (made[:, : prompt.shape[1]] == prompt).all()
+            made = made[:, prompt.shape[1] :] if repeated else made
+        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    @property
+    def nested(self) -> bool:
+        """Processors of models that take several pictures a prompt want a list of lists."""
+        return self.model.config.model_type in ("idefics2", "idefics3", "smolvlm", "mllama", "gemma3")
+
+    def _prompt_text(self) -> str | None:
+        """The prompt as the model's own chat template has it, or as it is."""
+        if getattr(self.processor, "chat_template", None) is None:
+            return self.config.prompt
+        if self.config.prompt is None:
+            raise UserError(f"model {self.config.model} takes a question beside the picture; set prompt")
+        content = [{"type": "image"}, {"type": "text", "text": self.config.prompt}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+class _PictureProcessor:
+    """An image processor and a tokenizer as one, for models whose repository has them apart (ViT-GPT2)."""
+
+    chat_template = None
+
+    def __init__(self, image_processor: Any, tokenizer: Any) -> None:
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+
+    def __call__(self, images: Sequence[Image.Image], **options: Any) -> Any:
+        if "text" in options:
+            raise UserError("this model takes a picture alone; set prompt to null")
+        return self.image_processor(images=images, return_tensors=options["return_tensors"])
+
+
+def _load(config: CaptionConfig, device: torch.device) -> tuple[Any, Any]:
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        processor = AutoProcessor.from_pretrained(config.model)
+        if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
+            processor = _PictureProcessor(
+                AutoImageProcessor.from_pretrained(config.model), AutoTokenizer.from_pretrained(config.model)
+            )
+        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model {config.model!r} could not be loaded: {reason} (model takes a Hugging Face id or folder of an "
+            f"image-to-text or vision-language model)"
+        ) from None
+    return processor, model.to(device).eval()

@@ -1,0 +1,166 @@
+"""Re-captioning: new captions of a source's pictures by an image-to-text or vision-language model, as in the paper.
+
+OUTPUT/job.json        the job's config
+OUTPUT/UNIT.jsonl      {"key": …, "caption": …} per picture; a folder's pictures have one file per partition
+OUTPUT/UNIT.rejects    pictures that could not be read, with the reason; written where there are any
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby, islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data_prep.captioner import Captioner
+from data_prep.job import JOB_FILE, WITHOUT_INFLUENCE, check_same_job, work_folder
+from data_prep.partition import Partition, exclusive
+from data_prep.preparation import read_item
+from data_prep.recaptions import caption_line
+from data_prep.sources import SourceBase, SourceItem, open_source
+from star_dist.config import CaptionConfig
+from star_dist.data.pictures import UnreadablePicture, decode_picture
+from star_dist.errors import UserError
+from star_dist.object_store import ObjectStore, open_store
+
+REJECTS_SUFFIX = ".rejects"
+
+
+def caption(
+    config: CaptionConfig, partition: Partition, device_name: str | None = None, workers: int | None = None
+) -> dict[str, int]:
+    """Captions one partition of a source; returns how many pictures were captioned and rejected by this run.
+
+    A file of the output appears when all its pictures are done; files that are there are skipped, and one that was
+    begun goes on after its last whole line.
+
+    Raises:
+        UserError: a source, model or output that cannot be used, or another worker is at the same partition.
+    """
+    store = open_store(config.output, endpoint=config.storage.endpoint, region=config.storage.region)
+    work = work_folder(config.output, config.work) / partition.name
+    source = open_source(config.source, config.storage)
+    units = partition.of(source.units)
+    _join_job(store, config, partition, len(source.units))
+    counts = {"captioned": 0, "rejected": 0}
+    with exclusive(work, f"partition {partition}"):
+        work.mkdir(parents=True, exist_ok=True)
+        groups = groupby(units, key=lambda unit: source.caption_file(unit, partition.name))
+        missing = [(file, list(members)) for file, members in groups if not store.exists(file)]
+        if missing:
+            device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+            job = _CaptionJob(config, source, Captioner(config, device), store, work, workers or os.cpu_count() or 1)
+            with tqdm(unit="picture", desc=f"caption {partition}", dynamic_ncols=True) as bar:
+                for number, (file, members) in enumerate(missing, start=1):
+                    captioned, rejected = job.run(file, members, bar, number / len(missing))
+                    counts["captioned"] += captioned
+                    counts["rejected"] += rejected
+        shutil.rmtree(work)
+    print(
+        f"partition {partition} of {config.output} is complete: {counts['captioned']} captioned, "
+        f"{counts['rejected']} rejected by this run"
+    )
+    return counts
+
+
+def _join_job(store: ObjectStore, config: CaptionConfig, partition: Partition, units: int) -> None:
+    """Begins a job at its output, or checks that it is this one.
+
+    Raises:
+        UserError: the output belongs to another job; names the first difference.
+    """
+    influence = json.loads(config.model_dump_json(exclude=WITHOUT_INFLUENCE | {"batch"}))
+    job = influence | {"partitions": partition.count, "units": units}
+    if not store.exists(JOB_FILE):
+        store.write(JOB_FILE, (json.dumps(job, indent=2) + "\n").encode())
+    try:
+        stored = json.loads(store.read(JOB_FILE))
+    except ValueError as error:
+        raise UserError(f"{store.url}/{JOB_FILE} is damaged: {error}") from None
+    check_same_job(store, stored, job)
+
+
+class _CaptionJob:
+    """Captions the units that share one output file."""
+
+    def __init__(
+        self,
+        config: CaptionConfig,
+        source: SourceBase,
+        captioner: Captioner,
+        store: ObjectStore,
+        work: Path,
+        workers: int,
+    ) -> None:
+        self.config, self.source, self.captioner, self.store = config, source, captioner, store
+        self.work, self.workers = work, workers
+
+    def run(self, file: str, units: Sequence[str], bar: tqdm, share: float) -> tuple[int, int]:
+        """Writes one file; returns pictures captioned and rejected by this run. share: of all files, this one done."""
+        local = self.work / file.replace("/", "%")
+        done = _whole_lines(local)
+        counts = [0, 0]
+        before = bar.n
+        with local.open("a", encoding="utf-8") as target:
+            items = (item for unit in units for item in self.source.open(unit))
+            ahead = self._read_ahead(islice(items, done, None))
+            while batch := list(islice(ahead, self.config.batch)):
+                good = [picture for _, picture in batch if isinstance(picture, Image.Image)]
+                new = iter(self.captioner(good)) if good else iter(())
+                for item, picture in batch:
+                    if isinstance(picture, Image.Image):
+                        target.write(caption_line(item.key, next(new)))
+                    else:
+                        target.write(json.dumps({"key": item.key, "reason": picture}) + "\n")
+                    counts[not isinstance(picture, Image.Image)] += 1
+                target.flush()
+                bar.update(len(batch))
+        bar.total = max(bar.n, round(before + (bar.n - before) / share))
+        lines = local.read_text(encoding="utf-8").splitlines(keepends=True)
+        rejects = [line for line in lines if "reason" in json.loads(line)]
+        if rejects:
+            self.store.write(file.removesuffix(".jsonl") + REJECTS_SUFFIX, "".join(rejects).encode())
+        captions = [line for line in lines if "caption" in json.loads(line)]
+        self.store.write(file, "".join(captions).encode())
+        local.unlink()
+        return counts[0], counts[1]
+
+    def _read_ahead(self, items: Iterator[SourceItem]) -> Iterator[tuple[SourceItem, Image.Image | str]]:
+        """Pictures, or why there is none, read on threads in the source's order."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            submitted = ((item, pool.submit(self._picture, item)) for item in items)
+            ahead = deque(islice(submitted, 2 * self.config.batch))
+            try:
+                while ahead:
+                    item, future = ahead.popleft()
+                    yield item, future.result()
+                    ahead.extend(islice(submitted, 1))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _picture(self, item: SourceItem) -> Image.Image | str:
+        try:
+            image = decode_picture(read_item(item))
+        except UnreadablePicture as error:
+            return str(error)
+        image.thumbnail((self.config.side, self.config.side), Image.Resampling.LANCZOS)
+        return image
+
+
+def _whole_lines(path: Path) -> int:
+    """How many pictures a file that was begun has; cuts off the line that a kill cut short."""
+    if not path.exists():
+        return 0
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        path.write_bytes(whole)
+    return whole.count(b"\n")

@@ -1,0 +1,139 @@
+"""Re-captioning with tiny models of three families, killed and gone on with, and found again by tokenization."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from data_prep.captioner import Captioner
+from data_prep.captioning import caption
+from data_prep.partition import Partition
+from data_prep.tokenization import tokenize
+from star_dist.config import CaptionConfig, PrepConfig, parse_config
+from star_dist.data.schema import decode_captions, read_metadata
+from star_dist.errors import UserError
+from tests.data_prep import tiny_captioners
+from tests.data_prep.jobs import contents, samples
+from tests.data_prep.test_webdataset_source import write_tar
+from tests.s3 import S3Bucket
+
+WORDS = set(tiny_captioners.WORDS)
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("blip")
+    tiny_captioners.save_blip(folder)
+    return folder
+
+
+@pytest.fixture
+def values(blip: Path, pictures_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "source": {"kind": "folder", "path": str(pictures_folder)},
+        "output": str(tmp_path / "new"),
+        "model": str(blip),
+        "batch": 8,
+        "max_new_tokens": 6,
+    }
+
+
+def make_config(values: dict[str, Any], **changes: Any) -> CaptionConfig:
+    return parse_config(CaptionConfig, values | changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt"),
+    [("blip", None), ("blip", "a picture"), ("vit_bert", None), ("llava", "describe the picture")],
+)
+def test_three_families_of_models(
+    family: str, prompt: str | None, values: dict[str, Any], tmp_path: Path, pictures_folder: Path
+) -> None:
+    getattr(tiny_captioners, f"save_{family}")(tmp_path / "model")
+    captioner = Captioner(make_config(values, model=str(tmp_path / "model"), prompt=prompt), torch.device("cpu"))
+    pictures = [Image.open(path).convert("RGB") for path in sorted(pictures_folder.glob("*.png"))[:3]]
+    pictures.append(Image.new("RGB", (40, 20), "red"))
+    texts = captioner(pictures)
+    assert len(texts) == 4 and captioner(pictures) == texts
+    assert captioner(pictures[:1]) == texts[:1], "a caption depends on what shares its batch"
+    for text in texts:
+        assert "<image>" not in text and "describe" not in text.split()[:1] and "\n" not in text
+
+
+def test_models_that_do_not_fit_are_named(values: dict[str, Any], tmp_path: Path, text_encoder_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"model '/absent' could not be loaded"):
+        Captioner(make_config(values, model="/absent"), torch.device("cpu"))
+    with pytest.raises(UserError, match="could not be loaded"):
+        Captioner(make_config(values, model=str(text_encoder_folder)), torch.device("cpu"))
+    tiny_captioners.save_llava(tmp_path / "llava")
+    with pytest.raises(UserError, match="takes a question beside the picture; set prompt"):
+        Captioner(make_config(values, model=str(tmp_path / "llava")), torch.device("cpu"))
+
+
+def test_new_captions_are_found_by_tokenization(values: dict[str, Any], prep_values: dict, tmp_path: Path) -> None:
+    config = make_config(values)
+    for i in range(2):
+        assert caption(config, Partition(i, 2), workers=2) == {"captioned": 30, "rejected": 0}
+    before = contents(tmp_path / "new")
+    assert sorted(before) == ["00000-of-00002.jsonl", "00001-of-00002.jsonl", "job.json"]
+    assert caption(config, Partition(0, 2)) == {"captioned": 0, "rejected": 0} and contents(tmp_path / "new") == before
+    source = prep_values["source"] | {"recaptions": {"recaptioned": str(tmp_path / "new")}}
+    tokenize(parse_config(PrepConfig, prep_values | {"source": source, "output": str(tmp_path / "set")}))
+    metadata = read_metadata(tmp_path / "set")
+    assert metadata.captions["original"] == 60 and list(metadata.captions) == ["original", "recaptioned"]
+    lines = [json.loads(line) for name in sorted(before)[:2] for line in before[name].decode().splitlines()]
+    found = samples(tmp_path / "set", "train") | samples(tmp_path / "set", "val")
+    assert {line["key"]: line["caption"] for line in lines} == {
+        key: decode_captions(sample, metadata).get("recaptioned", "") for key, sample in found.items()
+    }
+    with pytest.raises(UserError, match=r"made with max_new_tokens = 6, this job has 7"):
+        caption(make_config(values, max_new_tokens=7), Partition(0, 2))
+
+
+def test_a_job_that_ends_in_the_middle_goes_on_where_it_was(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caption(make_config(values, output=str(tmp_path / "clean")), Partition())
+    calls: list[int] = []
+    original = Captioner.__call__
+
+    def dies_at_the_fourth(self: Captioner, pictures: list[Image.Image]) -> list[str]:
+        calls.append(len(pictures))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, pictures)
+
+    monkeypatch.setattr(Captioner, "__call__", dies_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        caption(make_config(values), Partition())
+    (begun,) = (tmp_path / "new.work" / "00000-of-00001").iterdir()
+    begun.write_bytes(begun.read_bytes()[:-5])  # as a kill in the middle of a line leaves it
+    assert not (tmp_path / "new" / "00000-of-00001.jsonl").exists()
+    assert caption(make_config(values), Partition()) == {"captioned": 60 - 23, "rejected": 0}
+    new, clean = (tmp_path / name / "00000-of-00001.jsonl" for name in ("new", "clean"))
+    assert new.read_bytes() == clean.read_bytes()
+
+
+def test_tars_on_s3_and_pictures_that_cannot_be_read(
+    values: dict[str, Any], s3: S3Bucket, tmp_path: Path, pictures_folder: Path
+) -> None:
+    (tmp_path / "tars").mkdir()
+    good = (pictures_folder / "000.png").read_bytes()
+    write_tar(tmp_path / "tars" / "0.tar", {"a.png": good, "b.png": good[:50], "c.png": good})
+    write_tar(tmp_path / "tars" / "1.tar", {"a.png": good})
+    s3.upload(tmp_path / "tars", "tars/")
+    changes = {
+        "source": {"kind": "webdataset", "path": f"{s3.url}/tars"},
+        "output": f"{s3.url}/new",
+        "work": str(tmp_path / "work"),
+    }
+    assert caption(make_config(values, **changes), Partition()) == {"captioned": 3, "rejected": 1}
+    assert s3.keys("new/") == ["new/0.tar.jsonl", "new/0.tar.rejects", "new/1.tar.jsonl", "new/job.json"]
+    keys = [json.loads(line)["key"] for line in s3.read("new/0.tar.jsonl").decode().splitlines()]
+    assert keys == ["0.tar/a", "0.tar/c"]
+    assert json.loads(s3.read("new/0.tar.rejects")) == {"key": "0.tar/b", "reason": "truncated picture"}
