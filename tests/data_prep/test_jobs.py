@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,14 +103,42 @@ def test_a_job_that_is_killed_ten_times_ends_in_the_bytes_of_a_clean_one(
         while not finished:
             process = in_fork(tokenize, job(name), None, 1 + kills % 3)
             process.join(None if kills >= KILLS else draw.uniform(0, clean_s / 2))
+            process.kill()
+            process.join()
             finished = process.exitcode == 0
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                kills += 1
-            assert finished or process.exitcode < 0, "the job ended by itself with an error"
+            kills += not finished
+            assert process.exitcode in (0, -signal.SIGKILL), "the job ended by itself with an error"
         assert written(name) == clean, f"after {kills} kills"
         assert not list((tmp_path / f"{name}.work").glob("*")), "unfinished work is left"
+
+
+def test_a_kill_at_any_step_that_makes_something_visible(prep_values: dict[str, Any], tmp_path: Path) -> None:
+    """Chunks, files of the output, the manifest and the merge all appear by a rename: each in turn never happens."""
+    tokenize(make_config(prep_values, tmp_path / "clean", chunk=32))
+    clean = contents(tmp_path / "clean")
+    rename = os.replace
+
+    def dies_at(step: int, config: PrepConfig) -> None:
+        steps = iter(range(step))
+
+        def replace(source: Any, target: Any) -> None:
+            if next(steps, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+
+        os.replace = replace
+        tokenize(config)
+
+    for step in range(100):
+        config = make_config(prep_values, tmp_path / f"killed-{step}", chunk=32)
+        process = in_fork(dies_at, step, config)
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        tokenize(config)
+        assert contents(tmp_path / f"killed-{step}") == clean, f"after a kill at rename {step}"
+        if process.exitcode == 0:
+            break
+    assert 12 < step < 99
 
 
 def test_the_result_depends_neither_on_threads_nor_on_chunks(many_pictures: dict[str, Any], tmp_path: Path) -> None:
