@@ -6,12 +6,21 @@ together are an error with both values. Nothing is rounded or ignored.
 
 from star_dist.config.base import ConfigError, Section, dump_config, load_config, parse_config
 from star_dist.config.prep import PrepConfig
-from star_dist.config.run import DataSection, OptimizerSection, RunConfig, TextSection
+from star_dist.config.run import (
+    CheckpointSection,
+    DataSection,
+    HealthSection,
+    OptimizerSection,
+    RunConfig,
+    TextSection,
+)
 from star_dist.config.tokenizer import TokenizerTrainConfig
 
 __all__ = [
+    "CheckpointSection",
     "ConfigError",
     "DataSection",
+    "HealthSection",
     "OptimizerSection",
     "PrepConfig",
     "RunConfig",

@@ -14,7 +14,7 @@ from star_dist.export import check_replaceable, check_weights, write_inference_f
 from star_dist.model.star import STAR
 from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
 from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, check_same_tokenizer
-from star_dist.train.engine import MODEL_TAG, consolidate
+from star_dist.train.shards import ShardReader
 
 
 def export_checkpoint(run: Path, out: Path, step: int | None, dtype: Literal["bf16", "fp32"]) -> int:
@@ -27,7 +27,7 @@ def export_checkpoint(run: Path, out: Path, step: int | None, dtype: Literal["bf
         raise UserError(f"{run} is no run folder: it has no config.json")
     config = load_config(RunConfig, run / "config.json")
     check_replaceable(out)
-    checkpoint = CheckpointFolder(run).find(step)
+    checkpoint = CheckpointFolder(run, config.checkpoint).find(step)
     if checkpoint is None:
         raise UserError(f"{run} has no complete checkpoint yet")
     check_same_tokenizer(checkpoint, tokenizer_hash(load_tokenizer(Path(config.tokenizer.path))))
@@ -39,5 +39,6 @@ def checkpoint_weights(checkpoint: Checkpoint, config: RunConfig) -> dict[str, T
     """All weights of a checkpoint in fp32, by name, whatever its ZeRO stage and number of ranks."""
     with torch.device("meta"):
         model = STAR(config.star_config(), config.model.attention)
-    weights = consolidate(checkpoint.path, MODEL_TAG)
-    return check_weights(weights, model, str(checkpoint.path))
+    with ShardReader(checkpoint) as reader:
+        weights = dict(reader.weights())
+    return check_weights(weights, model, checkpoint.path)

@@ -316,8 +316,6 @@ def test_another_runs_checkpoint_is_refused(run_config: MakeConfig) -> None:
     ]:
         with pytest.raises(RankFailed, match=said):
             train_on(run_config(train={"steps": 6}, **sections), 1)
-    with pytest.raises(RankFailed, match=r"written by 1 ranks, this run has 2"):
-        train_on(run_config(train={"steps": 6}), 2)
     assert max(train_on(run_config(train={"steps": 6}), 1)) == 6
 
 
@@ -325,9 +323,9 @@ def test_a_damaged_checkpoint_is_refused(run_config: MakeConfig) -> None:
     config = run_config(train={"steps": 6})
     train_on(config, 1)
     path = Path(config.run_dir) / "checkpoints" / "step_00000006"
-    file = next(path.rglob("*optim_states.pt"))
+    file = path / "shard_00000.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(RankFailed, match=r"optim_states\.pt has 100 bytes, its marker says \d+.*\[3\]"):
+    with pytest.raises(RankFailed, match=r"shard_00000\.safetensors has 100 bytes, its marker says \d+.*\[3\]"):
         train_on(config, 1)
     assert max(train_on(run_config(train={"steps": 6}, checkpoint={"resume_step": 3, "every": 3}), 1)) == 6
 
