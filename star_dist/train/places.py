@@ -167,6 +167,15 @@ class S3Place:
     def free_bytes(self) -> int | None:
         return None
 
+    def check_access(self) -> None:
+        """Lists the prefix, and reads the first bytes of an object in it if there is one."""
+        with _as_os_error():
+            found = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1).get(
+                "Contents", ()
+            )
+            for entry in found:
+                self._client.get_object(Bucket=self.bucket, Key=entry["Key"], Range="bytes=0-99")["Body"].read()
+
 
 @contextlib.contextmanager
 def _as_os_error() -> Iterator[None]:
