@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--time", metavar="LIMIT", help="time limit, as sbatch takes it (default: site.sh's)")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="one more option for sbatch")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, write nothing")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from star_dist.config import RunConfig, load_config
     from star_dist.errors import UserError

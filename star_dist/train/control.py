@@ -22,7 +22,7 @@ class ControlGroup:
     def __init__(self) -> None:
         self._group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
         self.size = torch.distributed.get_world_size()
-        self._posted: tuple[torch.Tensor, torch.distributed.Work] | None = None
+        self._posted: tuple[torch.Tensor, torch.distributed.Work] | None = None  # a sum under way
 
     def exchange(self, values: Sequence[float]) -> list[float] | None:
         """Starts a sum of every rank's values, and returns that of the call before (None at the first).
@@ -39,11 +39,12 @@ class ControlGroup:
         work.wait()
         return answer.tolist()
 
-    def forget(self) -> None:
-        """Ends what `exchange` has under way, for a loop that starts anew."""
-        if self._posted is not None:
-            self._posted[1].wait()
-            self._posted = None
+    def finish_exchange(self) -> list[float]:
+        """The answer that `exchange` has under way, for a loop that starts anew: its next call is a first one."""
+        answer, work = self._posted
+        self._posted = None
+        work.wait()
+        return answer.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order. Waits for all ranks."""

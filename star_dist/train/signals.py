@@ -73,18 +73,22 @@ class RequestListener:
                 signal.signal(number, handler)
 
     def noted(self) -> list[float]:
-        """One number per entry of REQUESTS, 1 where this rank was asked; for `ControlGroup.exchange`."""
+        """One number per entry of REQUESTS, 1 where this rank was asked since the last call; removes the files."""
         if self._files and time.monotonic() >= self._next_look_s:
             self._next_look_s = time.monotonic() + FILE_CHECK_S
-            self._noted |= {name for name, path in self._files.items() if path.exists()}
-        return [float(request.name in self._noted) for request in REQUESTS]
+            for name, path in self._files.items():
+                if path.exists():
+                    path.unlink()
+                    self._noted.add(name)
+        noted = [float(request.name in self._noted) for request in REQUESTS]
+        self._noted.clear()
+        return noted
 
-    def agreed(self, counts: list[float]) -> Request | None:
-        """The request to act on, from the sums of `noted` over all ranks; forgets it, and removes its file."""
-        for request, count in zip(REQUESTS, counts):
-            if count:
-                self._noted.discard(request.name)
-                if request.name in self._files:
-                    self._files[request.name].unlink(missing_ok=True)
-                return request
-        return None
+    def note_again(self, counts: list[float]) -> None:
+        """Puts back requests whose sums over all ranks nobody has acted on."""
+        self._noted |= {request.name for request, count in zip(REQUESTS, counts) if count}
+
+    @staticmethod
+    def agreed(counts: list[float]) -> Request | None:
+        """The request to act on, from the sums of `noted` over all ranks."""
+        return next((request for request, count in zip(REQUESTS, counts) if count), None)

@@ -104,7 +104,8 @@ class Supervisor:
                 f"another run, or raise the limit"
             )
         with self.pause("going back"):
-            self.control.forget()
+            *requested, _, _ = self.control.finish_exchange()
+            self.requests.note_again(requested)
             self.step_losses = StepLosses(self.engine.device)
             self.skipped_data.add(spike.step, write=self.rank == 0)
             self.engine.state.load(checkpoint)

@@ -34,7 +34,9 @@ def ended(config: RunConfig, before_step: Callable[[int, int], None], world_size
         calls = iter(range(10**6))
 
         def forward(trainer: Trainer, *arguments: Any) -> Any:
-            before_step(rank, next(calls) // trainer.train_batches.micro_batches_per_step)
+            step, micro_step = divmod(next(calls), trainer.train_batches.micro_batches_per_step)
+            if micro_step == 0:
+                before_step(rank, step)
             return plain(trainer, *arguments)
 
         Trainer._forward = forward
@@ -47,9 +49,7 @@ def ended(config: RunConfig, before_step: Callable[[int, int], None], world_size
     return run_ranks(run, world_size)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=lambda v: str(v)
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_to_one_rank_ends_all_after_a_save(
     run_config: MakeConfig, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
@@ -89,41 +89,41 @@ def test_files_in_the_run_folder_ask_to_save_and_to_stop(run_config: MakeConfig)
 
 def poison(config: RunConfig, poisoned_step: int, loss_factor: float) -> None:
     """Makes the loss of one data step wrong, whenever its samples come."""
-    from star_dist.data.dataset import MicroBatch
+    from star_dist.data.dataset import MicroBatch, TrainBatches
     from star_dist.train.trainer import Trainer
 
-    plain_forward, plain_batches = Trainer._forward, Trainer._batches
+    plain_forward, plain_starting_at = Trainer._forward, TrainBatches.starting_at
     bad: set[tuple[int, ...]] = set()
 
-    def batches(trainer: Trainer, first_step: int) -> Any:
-        stream = trainer.train_batches.starting_at(poisoned_step)
-        bad.update(next(stream).sample_ids for _ in range(trainer.train_batches.micro_batches_per_step))
-        return plain_batches(trainer, first_step)
+    def starting_at(batches: TrainBatches, step: int) -> Any:
+        for i, batch in enumerate(plain_starting_at(batches, step)):
+            if step + i // batches.micro_batches_per_step == poisoned_step:
+                bad.add(batch.sample_ids)
+            yield batch
 
     def forward(trainer: Trainer, batch: MicroBatch, *arguments: Any) -> Any:
         losses_T, correct_T = plain_forward(trainer, batch, *arguments)
         return losses_T * (loss_factor if batch.sample_ids in bad else 1.0), correct_T
 
-    Trainer._batches, Trainer._forward = batches, forward
+    TrainBatches.starting_at, Trainer._forward = starting_at, forward
     train(config)
 
 
-@pytest.mark.parametrize("factor", [100.0, float("nan")])
-def test_a_spike_is_trained_around(run_config: MakeConfig, factor: float) -> None:
+def test_a_spike_is_trained_around(run_config: MakeConfig) -> None:
     """Back to the checkpoint before it, without its samples from then on: as if they had never been in the data."""
     config = run_config(
-        train={"steps": 20},
+        train={"steps": 16},
         checkpoint={"every": 4, "keep_last": 9},
         health={"on_spike": "rollback", "spike_window": 16, "spike_sigmas": 8.0},
     )
-    run_ranks(poison, 2, config, 10, factor)
+    run_ranks(poison, 2, config, 10, float("nan"))
     run_dir = Path(config.run_dir)
     (spike,) = [json.loads(line) for line in (run_dir / "spikes.jsonl").read_text().splitlines()]
     assert spike["step"] == 10 and spike["action"] == "back to step 8"
     assert [len(ids) for ids in spike["sample_ids"]] == [4, 4]
     assert json.loads((run_dir / "skipped_data.json").read_text()) == [10]
     by_step = metrics(config)
-    assert sorted(by_step) == list(range(1, 21))
+    assert sorted(by_step) == list(range(1, 17))
     assert max(line["loss/total"] for line in by_step.values()) < 5
     assert summarize(run_dir).lost_steps == 5  # 9 to 13: the verdict on step 11 comes after step 13
 
