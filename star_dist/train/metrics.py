@@ -40,8 +40,8 @@ class MetricsLog:
         self.enabled = enabled
         if not enabled:
             return
-        keep_metrics_up_to(first_step, run_dir)
-        self.file = (run_dir / METRICS_FILE).open("a")
+        self.run_dir = run_dir
+        self._open(first_step)
         self.bar = tqdm(
             total=config.train.steps,
             initial=first_step,
@@ -50,6 +50,18 @@ class MetricsLog:
             mininterval=0.5 if sys.stderr.isatty() else 15,
         )
         self.wandb = _start_wandb(config, run_dir)
+
+    def _open(self, first_step: int) -> None:
+        keep_metrics_up_to(first_step, self.run_dir)
+        self.file = (self.run_dir / METRICS_FILE).open("a")
+
+    def go_back(self, step: int) -> None:
+        """Forgets the reports of later steps, which come again."""
+        if self.enabled:
+            self.file.close()
+            self._open(step)
+            self.bar.n = step
+            self.bar.refresh()
 
     def advance(self) -> None:
         if self.enabled:

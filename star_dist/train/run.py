@@ -22,7 +22,8 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     run_dir = Path(config.run_dir)
     lock = claim_run_folder(run_dir) if process.rank == 0 else None
     config.accumulation_steps(process.world_size)
-    checkpoint = CheckpointFolder(run_dir).find(config.checkpoint.resume_step)
+    checkpoints = CheckpointFolder(run_dir, config.checkpoint)
+    checkpoint = checkpoints.find(config.checkpoint.resume_step)
     changes = check_same_run(checkpoint, config) if checkpoint is not None else []
     _check_nodes(config, process)
 
@@ -58,9 +59,9 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
         engine.check_all_ranks_agree(0 if checkpoint is None else checkpoint.step, "the checkpoint to go on from")
         trainer = Trainer(config, engine, tokenizer, metadata, checkpoint)
         if process.rank == 0:
-            if config.checkpoint.resume_step is not None:
-                changes += [f"set aside: {path}" for path in CheckpointFolder(run_dir).set_aside_after(checkpoint.step)]
-            _write_facts(run_dir, config, process, trainer)
+            if checkpoint is not None:  # later ones are damaged, or to be trained again
+                changes += [f"set aside: {path}" for path in checkpoints.set_aside_after(checkpoint.step)]
+            _write_environment(run_dir, config, process, trainer)
             _say_where_it_starts(trainer, changes)
         trainer.run()
     finally:
@@ -97,7 +98,7 @@ def _check_nodes(config: RunConfig, process: ProcessInfo) -> None:
         )
 
 
-def _write_facts(run_dir: Path, config: RunConfig, process: ProcessInfo, trainer) -> None:
+def _write_environment(run_dir: Path, config: RunConfig, process: ProcessInfo, trainer) -> None:
     """The resolved config and the environment, before step 1."""
     (run_dir / "config.json").write_text(dump_config(config) + "\n")
     facts = describe_environment() | {

@@ -22,13 +22,17 @@ from star_dist.inference.pipeline import StarPipeline
 from star_dist.model.flops import training_flops
 from star_dist.model.layout import PackedLayout
 from star_dist.model.star import STAR, pack_inputs
-from star_dist.scales import ScaleSchedule
 from star_dist.text import TextEncoder, TextFeatures
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
-from star_dist.train.checkpoint import Checkpoint, CheckpointFolder
+from star_dist.train.checkpoint import Checkpoint
 from star_dist.train.engine import Engine
+from star_dist.train.facts import FactsLog
+from star_dist.train.loss_report import by_scale, loss_report, scale_loss_weights
 from star_dist.train.metrics import MetricsLog, peak_flops, peak_memory_bytes
 from star_dist.train.optim import learning_rate
+from star_dist.train.own_time import OwnTime, slowest_rank
+from star_dist.train.supervisor import Supervisor
+from star_dist.train.token_dropping import TokenDropping
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Totals:
     steps: int = 0
     text_tokens: int = 0
     data_wait_s: float = 0.0
+    own_time: OwnTime = field(kw_only=True)
     started_s: float = field(default_factory=time.perf_counter)
 
 
@@ -72,29 +77,51 @@ class Trainer:
         self.held_out = None
         if config.validation.every:
             self.held_out = HeldOutBatches(config, metadata, self.rank, self.world_size)
+        self.dropping = None
+        if config.train.token_keep < 1:
+            self.dropping = TokenDropping(
+                self.schedule, config.train.token_keep, config.train.token_drop_scales, config.seed
+            )
         self.loss_weights_L = None
         if config.train.scale_loss_power:
             weights = scale_loss_weights(self.schedule, config.train.scale_loss_power)
             self.loss_weights_L = torch.tensor(weights, device=self.device)
-        self.checkpoints = CheckpointFolder(self.run_dir)
         self.first_step = 0
         if checkpoint is not None:
-            engine.load(checkpoint)
+            engine.state.load(checkpoint)
             self.first_step = checkpoint.step
-        self.log = MetricsLog(config, self.run_dir, self.first_step, enabled=self.rank == 0)
         self.peak_flops, self.peak_source = peak_flops(config, self.device)
+        facts = FactsLog(self.run_dir, enabled=self.rank == 0)  # before the log removes the reports of lost steps
+        self.log = MetricsLog(config, self.run_dir, self.first_step, enabled=self.rank == 0)
+        self.supervisor = Supervisor(config, engine, metadata[0].tokenizer_hash, facts, self.log)
 
     def run(self) -> None:
-        config = self.config
-        batches = self.train_batches.starting_at(self.first_step)
-        totals = self._new_totals()
+        """Trains to the last step.
+
+        Raises:
+            RunEnded: it was asked to end before; it has saved.
+            UserError: the last checkpoint cannot be written, or spikes come too often.
+        """
         gc.collect()
         gc.freeze()  # collections go through what the loop makes, not through a million objects of libraries
         gc.disable()  # a collection on one rank keeps all others waiting; _report collects on all at once
-        for step in range(self.first_step, config.train.steps):
+        with self.supervisor.watching(self.first_step):
+            step = self.first_step
+            while step < self.config.train.steps:
+                step = self._train_from(step)
+        gc.enable()
+        gc.unfreeze()
+        self.log.close()
+
+    def _train_from(self, first_step: int) -> int:
+        """Trains from a step on; returns the last step, or after a spike the earlier one to go on from."""
+        config = self.config
+        batches = self._batches(first_step)
+        totals = self._new_totals()
+        for step in range(first_step, config.train.steps):
             for _ in range(self.train_batches.micro_batches_per_step):
                 batch = self._next_batch(batches, totals)
-                losses_T, correct_T = self._forward(batch, self._text(batch, step), totals)
+                losses_T, correct_T = self._forward(batch, self._text(batch, step, totals), totals, step)
                 present_B = self._present(batch)
                 self.engine.backward(self._loss_sum(losses_T, present_B))
                 self.engine.step(learning_rate(config.optimizer, step, config.train.steps))
@@ -102,50 +129,76 @@ class Trainer:
             done = step + 1
             totals.steps += 1
             self.log.advance()
+            request, spike = self.supervisor.end_step(step)
+            if spike is not None and (earlier_step := self.supervisor.go_back_before(spike, done)) is not None:
+                return earlier_step
+            saves = request is not None or self._due(config.checkpoint.every, done)
             # A report before every checkpoint keeps the lines of a resumed run equal to those of an undisturbed one.
-            if self._due(config.logging.every, done) or self._due(config.checkpoint.every, done):
+            if self._due(config.logging.every, done) or saves:
                 self._report(done, totals)
                 totals = self._new_totals()
             if self._due(config.validation.every, done):
                 self._validate(done)
             if self._due(config.samples.every, done):
                 self._draw_samples(done)
-            if self._due(config.checkpoint.every, done):
-                self._save(done)
-        gc.enable()
-        gc.unfreeze()
-        self.log.close()
+            if saves:
+                self.supervisor.save(done, request)
+        return config.train.steps
 
     # ------------------------------------------------------------------------------------------- one micro-batch
+
+    def _batches(self, first_step: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches from a step on, without the data that spikes have put aside."""
+        data_step = self.supervisor.skipped_data.data_step(first_step)
+        stream = self.train_batches.starting_at(data_step)
+        while True:
+            for _ in range(self.train_batches.micro_batches_per_step):
+                batch = next(stream)
+                if data_step not in self.supervisor.skipped_data.steps:
+                    yield batch
+            data_step += 1
 
     def _next_batch(self, batches: Iterator[MicroBatch], totals: Totals) -> MicroBatch:
         start = time.perf_counter()
         batch = next(batches)
-        totals.data_wait_s += time.perf_counter() - start
+        waited_s = time.perf_counter() - start
+        totals.data_wait_s += waited_s
+        totals.own_time.add(waited_s)
         return batch
 
-    def _text(self, batch: MicroBatch, step: int) -> TextFeatures:
+    def _text(self, batch: MicroBatch, step: int, totals: Totals) -> TextFeatures:
         """Features of a batch's captions, those that guidance training drops replaced by the empty one."""
         rate = self.config.train.caption_dropout
         dropped = drop_captions(batch.sample_ids, seed=self.config.seed, step=step, rate=rate)
-        if batch.features is None:
-            return self.text_encoder(["" if drop else caption for caption, drop in zip(batch.captions, dropped)])
-        return TextFeatures.pack(
-            [self.empty_text[0] if drop else features for features, drop in zip(batch.features, dropped)]
-        )
+        with totals.own_time.measured():
+            if batch.features is None:
+                return self.text_encoder(["" if drop else caption for caption, drop in zip(batch.captions, dropped)])
+            return TextFeatures.pack(
+                [self.empty_text[0] if drop else features for features, drop in zip(batch.features, dropped)]
+            )
 
     def _held_out_text(self, batch: MicroBatch) -> TextFeatures:
         return self.text_encoder(batch.captions) if batch.features is None else TextFeatures.pack(batch.features)
 
-    def _forward(self, batch: MicroBatch, text: TextFeatures, totals: Totals | None = None) -> tuple[Tensor, Tensor]:
-        """Per-token losses and hits of a micro-batch; (T,) each."""
+    def _forward(
+        self, batch: MicroBatch, text: TextFeatures, totals: Totals | None = None, step: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Per-token losses and hits, (T,) each; in training (with totals) 0 where a token is dropped."""
         tokens_BL = batch.tokens_BL.to(self.device, non_blocking=True)
         inputs_TC = pack_inputs(self.tokenizer.quantize.teacher_forcing_input(tokens_BL, self.schedule))
-        layout = PackedLayout.uniform(self.schedule, len(batch), text.lengths)
+        hidden_SW, pooled_BW = text.hidden_SW.to(self.device), text.pooled_BW.to(self.device)
         if totals is not None:
             totals.text_tokens += sum(text.lengths)
-        hidden_SW, pooled_BW = text.hidden_SW.to(self.device), text.pooled_BW.to(self.device)
-        return self.engine(inputs_TC, hidden_SW, pooled_BW, tokens_BL.flatten(), layout=layout)
+        if totals is None or self.dropping is None:
+            layout = PackedLayout.uniform(self.schedule, len(batch), text.lengths)
+            return self.engine(inputs_TC, hidden_SW, pooled_BW, tokens_BL.flatten(), layout=layout)
+        kept_BM = self.dropping.positions(batch.sample_ids, step).to(self.device)
+        inputs_TC = inputs_TC.unflatten(0, tokens_BL.shape)[torch.arange(len(batch))[:, None], kept_BM].flatten(0, 1)
+        targets_T = tokens_BL.gather(1, kept_BM).flatten()
+        layout = PackedLayout.uniform(self.dropping.schedule, len(batch), text.lengths)
+        kept = self.engine(inputs_TC, hidden_SW, pooled_BW, targets_T, layout=layout, positions_T=kept_BM.flatten())
+        losses, hits = (self.dropping.restore(x.float().view(kept_BM.shape), kept_BM).flatten() for x in kept)
+        return losses, hits
 
     def _present(self, batch: MicroBatch) -> Tensor | None:
         """1 for every sample and 0 for those of corrupt shards, (B,); None where all are present."""
@@ -162,42 +215,23 @@ class Trainer:
             losses_BL = losses_BL * present_B[:, None]
         return losses_BL.sum()
 
-    def _by_scale(self, values_T: Tensor, weights_B: Tensor | None = None) -> Tensor:
-        """Sums over the tokens of each scale; (T,) -> (K,)."""
-        values_BL = values_T.detach().float().unflatten(0, (-1, self.schedule.num_tokens))
-        if weights_B is not None:
-            values_BL = values_BL * weights_B[:, None]
-        return torch.stack([part.sum() for part in values_BL.split(self.schedule.lengths, dim=1)])
-
     # ----------------------------------------------------------------------------------------------- reports
 
     def _new_totals(self) -> Totals:
         zeros = torch.zeros(len(self.schedule), device=self.device)
-        return Totals(zeros, zeros.clone())
+        return Totals(zeros, zeros.clone(), own_time=OwnTime(self.device))
 
     def _add(
         self, totals: Totals, losses_T: Tensor, correct_T: Tensor, batch: MicroBatch, present_B: Tensor | None
     ) -> None:
-        totals.losses_K += self._by_scale(losses_T, present_B)
-        totals.correct_K += self._by_scale(correct_T, present_B)
+        self.supervisor.step_losses.add(losses_T, batch.sample_ids)
+        totals.losses_K += by_scale(losses_T, self.schedule, present_B)
+        totals.correct_K += by_scale(correct_T, self.schedule, present_B)
         totals.samples += sum(batch.present)
         totals.skipped_samples += len(batch) - sum(batch.present)
 
     def _due(self, every: int, done: int) -> bool:
         return bool(every) and (done % every == 0 or done == self.config.train.steps)
-
-    def _loss_report(self, losses_K: Tensor, correct_K: Tensor, samples: float, group: str = "") -> dict[str, float]:
-        """Mean loss and accuracy, in total and by scale, from sums over all ranks."""
-        lengths = self.schedule.lengths
-        losses, correct = losses_K.tolist(), correct_K.tolist()
-        report = {
-            f"{group}loss/total": sum(losses) / (samples * sum(lengths)),
-            f"{group}accuracy/total": sum(correct) / (samples * sum(lengths)),
-        }
-        for side, length, loss, hits in zip(self.schedule.sides, lengths, losses, correct):
-            report[f"{group}loss/scale_{side}"] = loss / (samples * length)
-            report[f"{group}accuracy/scale_{side}"] = hits / (samples * length)
-        return report
 
     def _over_ranks(self, totals: Totals) -> tuple[Tensor, Tensor, int, int]:
         """Losses, hits, samples and skipped samples, summed over all ranks.
@@ -216,11 +250,12 @@ class Trainer:
     def _report(self, done: int, totals: Totals) -> None:
         """Sums of all ranks since the last report; here the host waits for the device."""
         losses_K, correct_K, samples, skipped = self._over_ranks(totals)
-        report = self._loss_report(losses_K, correct_K, samples)
+        report = loss_report(self.schedule, losses_K, correct_K, samples)
         elapsed_s = time.perf_counter() - totals.started_s
         images_per_s = samples / elapsed_s
         text_tokens = round(totals.text_tokens / max(totals.samples + totals.skipped_samples, 1))
-        flops_per_image = training_flops(self.engine.model.config, self.schedule, text_tokens)
+        schedule = self.schedule if self.dropping is None else self.dropping.schedule
+        flops_per_image = training_flops(self.engine.model.config, schedule, text_tokens)
         report |= {
             "optim/learning_rate": learning_rate(self.config.optimizer, done - 1, self.config.train.steps),
             "optim/grad_norm": self.engine.gradient_norm(),
@@ -233,25 +268,30 @@ class Trainer:
             "time/data_wait": totals.data_wait_s / elapsed_s,
             "memory/peak_bytes": peak_memory_bytes(self.device),
         }
+        report |= slowest_rank(self.supervisor.control.gather(totals.own_time.total_s()), totals.steps)
         self.log.report(done, report)
         gc.collect()
 
     def _validate(self, done: int) -> None:
         totals = self._new_totals()
         self.engine.train(False)
-        with torch.no_grad():
+        with self.supervisor.pause("validation"), torch.no_grad():
             for batch, weights_B in self.held_out:
                 losses_T, correct_T = self._forward(batch, self._held_out_text(batch))
                 totals.samples += int(weights_B.sum())
                 weights_B = weights_B.to(self.device)
-                totals.losses_K += self._by_scale(losses_T, weights_B)
-                totals.correct_K += self._by_scale(correct_T, weights_B)
+                totals.losses_K += by_scale(losses_T, self.schedule, weights_B)
+                totals.correct_K += by_scale(correct_T, self.schedule, weights_B)
         self.engine.train()
         losses_K, correct_K, samples, _ = self._over_ranks(totals)
-        self.log.report(done, self._loss_report(losses_K, correct_K, samples, "validation/"))
+        self.log.report(done, loss_report(self.schedule, losses_K, correct_K, samples, "validation/"))
 
     def _draw_samples(self, done: int) -> None:
         """Draws the configured prompts on rank 0 with a whole copy of the weights; the other ranks wait."""
+        with self.supervisor.pause("drawing samples"):
+            self._draw_samples_on_rank_0(done)
+
+    def _draw_samples_on_rank_0(self, done: int) -> None:
         weights = self.engine.full_weights()
         if self.rank == 0:
             samples = self.config.samples
@@ -268,23 +308,7 @@ class Trainer:
             self.log.report_picture(done, "samples", path)
         self.engine.barrier()
 
-    def _save(self, done: int) -> None:
-        if self.rank == 0:
-            self.checkpoints.begin(done)
-        self.engine.barrier()
-        self.engine.save(self.checkpoints.path(done))
-        if self.rank == 0:
-            self.checkpoints.complete(done, self.world_size, self.metadata[0].tokenizer_hash, self.config)
-            self.checkpoints.keep_last(self.config.checkpoint.keep_last)
-        self.engine.barrier()
-
     def _frozen_dtype(self) -> torch.dtype:
         """Precision of what is not trained: that of the run on a GPU, float32 on a CPU without fast bf16."""
         on_gpu_in_bf16 = self.device.type == "cuda" and self.config.train.precision == "bf16"
         return torch.bfloat16 if on_gpu_in_bf16 else torch.float32
-
-
-def scale_loss_weights(schedule: ScaleSchedule, power: float) -> list[float]:
-    """Weight of every token of a picture, length**-power of its scale; they add up to the number of tokens."""
-    factor = schedule.num_tokens / sum(length ** (1 - power) for length in schedule.lengths)
-    return [factor * length**-power for length in schedule.lengths for _ in range(length)]

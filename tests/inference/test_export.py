@@ -74,7 +74,7 @@ def test_greedy_tokens_equal_those_of_the_training_engine(trained: RunConfig, ex
         from star_dist.train.engine import Engine
 
         engine = Engine(trained, prepare_process_environment())
-        engine.load(CheckpointFolder(Path(trained.run_dir)).find(None))
+        engine.state.load(CheckpointFolder(Path(trained.run_dir)).find(None))
         full = engine.full_weights()
         if full is None:
             return None

@@ -47,4 +47,4 @@ def weights(config: RunConfig) -> dict[str, torch.Tensor]:
     from star_dist.train.checkpoint import CheckpointFolder
     from star_dist.train.export_checkpoint import checkpoint_weights
 
-    return checkpoint_weights(CheckpointFolder(Path(config.run_dir)).find(None), config)
+    return checkpoint_weights(CheckpointFolder(Path(config.run_dir), config.checkpoint).find(None), config)

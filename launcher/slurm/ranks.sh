@@ -1,0 +1,54 @@
+# Shared by the sbatch scripts of this folder: where the code is, and how one command starts on all nodes of the job.
+# Sourced; the working directory stays that of the submission, so relative paths mean what they meant there. Sets the variables of site.sh and:
+#   REPO               the checkout that the job runs
+#   start_ranks SCRIPT …  one torchrun per node (launcher/node.py), a rank per GPU, as a job step; returns its exit code
+#   on_one_node SCRIPT …  the command on the first node alone
+
+# sbatch runs a copy of the script, so the script's own path says nothing: submit.py sets STAR_REPO, and by hand a job
+# is submitted from the checkout.
+REPO=${STAR_REPO:-$SLURM_SUBMIT_DIR}
+if [[ ! -f $REPO/launcher/train.py ]]; then
+    echo "error: no star-dist checkout at $REPO; submit from the checkout, or set STAR_REPO" >&2
+    exit 2
+fi
+export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+# shellcheck source=site.sh
+source "${STAR_SITE:-$REPO/launcher/slurm/site.sh}"
+
+NUM_NODES=${SLURM_JOB_NUM_NODES:-1}
+HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# The address by which Slurm itself reaches the node, which is right where names resolve differently inside and outside.
+HEAD_ADDRESS=$(scontrol --oneliner show node "$HEAD_NODE" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+HEAD_PORT=${HEAD_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+RANKS=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+
+STEP_PID=
+start_ranks() {
+    # --kill-on-bad-exit: without it the other nodes would wait for the lost one until a collective times out.
+    srun --kill-on-bad-exit=1 --ntasks="$NUM_NODES" --ntasks-per-node=1 --export=ALL \
+        ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} \
+        "$PYTHON" "$REPO/launcher/node.py" --nnodes="$NUM_NODES" --nproc-per-node="$RANKS" \
+        --master-addr="$HEAD_ADDRESS" --master-port="$HEAD_PORT" "$REPO/$1" "${@:2}" &
+    STEP_PID=$!
+    wait_for_step
+}
+
+# `wait` returns as soon as a trapped signal arrives; traps set SIGNALLED, and the step is waited for again.
+SIGNALLED=
+wait_for_step() {
+    local code
+    while true; do
+        SIGNALLED=
+        wait "$STEP_PID"
+        code=$?
+        if [[ -z $SIGNALLED ]]; then
+            STEP_PID=
+            return "$code"
+        fi
+    done
+}
+
+on_one_node() {
+    srun --nodes=1 --ntasks=1 --nodelist="$HEAD_NODE" --export=ALL \
+        ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$REPO/$1" "${@:2}"
+}

@@ -1,0 +1,78 @@
+"""Loss and accuracy of trained weights on the validation split, on one device and without the training engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from star_dist.config import RunConfig
+from star_dist.data.batches import HeldOutBatches
+from star_dist.data.fetch import fetch_metadata
+from star_dist.data.schema import check_matches
+from star_dist.errors import UserError
+from star_dist.export import load_export_tokenizer, load_model
+from star_dist.model.layout import PackedLayout
+from star_dist.model.star import STAR, pack_inputs
+from star_dist.text import TextEncoder, TextFeatures
+from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
+from star_dist.tokenizer.vqvae import MultiScaleVQVAE
+from star_dist.train.checkpoint import CheckpointFolder, check_same_tokenizer
+from star_dist.train.export_checkpoint import checkpoint_weights
+from star_dist.train.loss_report import by_scale, loss_report
+
+
+@torch.no_grad()
+def evaluate(folder: Path, config: RunConfig, step: int | None) -> dict[str, float | int | str]:
+    """What training reports as validation/…, for a run folder's checkpoint or an export.
+
+    Raises:
+        UserError: neither of the two, a model that does not fit the config, or data that cannot be read.
+    """
+    if config.data.validation_split is None:
+        raise UserError("data.validation_split is null; name the split to evaluate on")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, trained_steps = _load(folder, config, step)
+    if model.config != config.star_config():
+        raise UserError(f"{folder} holds {model.config}, the config describes {config.star_config()}")
+    model, tokenizer = model.to(device).eval(), tokenizer.to(device)
+    metadata = fetch_metadata(config.data)
+    for source, found in zip(config.data.all_sources, metadata):
+        check_matches(found, config, tokenizer_hash(tokenizer), source.remote or source.local)
+    held_out = HeldOutBatches(config, metadata, rank=0, world_size=1)
+    encoder = None if config.data.text_features else TextEncoder(config.text, device)
+    schedule = config.schedule
+    losses_K, correct_K = torch.zeros(2, len(schedule), device=device)
+    batches = -(-held_out.num_samples // config.train.micro_batch)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+    for batch, weights_B in tqdm(held_out, total=batches, unit="batch"):
+        text = TextFeatures.pack(batch.features) if encoder is None else encoder(batch.captions)
+        tokens_BL = batch.tokens_BL.to(device)
+        inputs_TC = pack_inputs(tokenizer.quantize.teacher_forcing_input(tokens_BL, schedule))
+        layout = PackedLayout.uniform(schedule, len(batch), text.lengths)
+        hidden_SW, pooled_BW = text.hidden_SW.to(device).float(), text.pooled_BW.to(device).float()
+        with precision:
+            losses_T, correct_T = model(inputs_TC, hidden_SW, pooled_BW, tokens_BL.flatten(), layout=layout)
+        losses_K += by_scale(losses_T, schedule, weights_B.to(device))
+        correct_K += by_scale(correct_T, schedule, weights_B.to(device))
+    report = loss_report(schedule, losses_K, correct_K, held_out.num_samples, "validation/")
+    return {"model": str(folder), "step": trained_steps, "num_samples": held_out.num_samples, **report}
+
+
+def _load(folder: Path, config: RunConfig, step: int | None) -> tuple[STAR, MultiScaleVQVAE, int]:
+    """Model in fp32, tokenizer, and optimizer steps done."""
+    if (folder / "model.safetensors").is_file():
+        if step is not None:
+            raise UserError(f"--step chooses among a run's checkpoints, but {folder} is an export")
+        export, model = load_model(folder, torch.float32)
+        return model, load_export_tokenizer(folder, export), export.step
+    checkpoint = CheckpointFolder(folder, config.checkpoint).find(step)
+    if checkpoint is None:
+        raise UserError(f"{folder} is no export and has no complete checkpoint")
+    tokenizer = load_tokenizer(Path(config.tokenizer.path))
+    check_same_tokenizer(checkpoint, tokenizer_hash(tokenizer))
+    with torch.device("meta"):
+        model = STAR(config.star_config(), config.model.attention)
+    model.load_state_dict(checkpoint_weights(checkpoint, config), assign=True)
+    return model, tokenizer, checkpoint.step

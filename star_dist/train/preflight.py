@@ -1,0 +1,222 @@
+"""Checks of the nodes before a training: what each has, whether they are alike, and whether they reach one another."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch.distributed import PrefixStore
+
+from star_dist.config import RunConfig
+from star_dist.environment import describe_environment
+from star_dist.errors import UserError
+from star_dist.process import ProcessInfo
+from star_dist.train.metrics import measured_matmul_flops
+from star_dist.train.places import S3_SCHEME
+
+ARRIVAL_TIMEOUT_S = 300
+SLOW_FRACTION = 0.7  # of the median rank's matrix product
+ALL_REDUCE_BYTES = {"cuda": 2**28, "cpu": 2**22}
+MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
+ROUNDS = 3
+
+
+@dataclass
+class RankCheck:
+    """What one rank found; `facts` must be the same on all nodes; problems: sentences."""
+
+    rank: int
+    node: str
+    facts: dict[str, Any]
+    matmul_tflops: float
+    free_bytes: int
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The result, the same on every rank. all_reduce_gb_per_s: bus bandwidth as nccl-tests count it."""
+
+    ranks: list[RankCheck]
+    all_reduce_gb_per_s: float | None
+    problems: dict[str, list[str]]  # by node
+
+    def table(self) -> str:
+        """One line per node."""
+        lines = [f"{'node':<24} {'ranks':>5} {'device':<28} {'matmul TFLOP/s':>15} {'free disk GB':>13}  result"]
+        for node in dict.fromkeys(check.node for check in self.ranks):
+            checks = [check for check in self.ranks if check.node == node]
+            slowest = min(check.matmul_tflops for check in checks)
+            result = "; ".join(self.problems.get(node, [])) or "ok"
+            device = str(checks[0].facts["device"])
+            free_gb = min(check.free_bytes for check in checks) / 1e9
+            lines.append(f"{node:<24} {len(checks):>5} {device:<28} {slowest:>15.2f} {free_gb:>13.1f}  {result}")
+        if self.all_reduce_gb_per_s is not None:
+            lines.append(f"all-reduce over {len(self.ranks)} ranks: {self.all_reduce_gb_per_s:.2f} GB/s")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "ranks": [asdict(check) for check in self.ranks],
+            "all_reduce_gb_per_s": self.all_reduce_gb_per_s,
+            "problems": self.problems,
+        }
+
+
+def preflight(config: RunConfig, process: ProcessInfo) -> Preflight:
+    """Runs all checks on all ranks of the job.
+
+    Raises:
+        UserError: ranks that do not arrive, with the nodes that did.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", process.local_rank)
+        torch.cuda.set_device(device)
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    _meet(process, node, device)
+    check = _check_rank(config, process, node, device)
+    checks: list[RankCheck] = [None] * process.world_size
+    torch.distributed.all_gather_object(checks, check)
+    bandwidth = _all_reduce_bandwidth(process.world_size, device) if process.world_size > 1 else None
+    torch.distributed.destroy_process_group()
+    return Preflight(checks, bandwidth, _problems(checks))
+
+
+def _meet(process: ProcessInfo, node: str, device: torch.device) -> None:
+    """Joins all ranks, after making sure that all are there, so that a missing one has a name."""
+    timeout = timedelta(seconds=ARRIVAL_TIMEOUT_S)
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    arrivals = PrefixStore("preflight", store)
+    arrivals.set(f"rank {rank}", node)
+    deadline_s = time.monotonic() + ARRIVAL_TIMEOUT_S
+    missing = list(range(world_size))
+    while missing and time.monotonic() < deadline_s:
+        missing = [other for other in missing if not arrivals.check([f"rank {other}"])]
+        time.sleep(0.05 if missing else 0)
+    if missing:
+        present = {arrivals.get(f"rank {other}").decode() for other in range(world_size) if other not in missing}
+        raise UserError(
+            f"ranks {missing} did not arrive within {ARRIVAL_TIMEOUT_S} s; those of nodes {sorted(present)} did, so a "
+            f"node of the job beside these is bad or cannot reach {os.environ.get('MASTER_ADDR')}"
+        )
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world_size)
+
+
+def _check_rank(config: RunConfig, process: ProcessInfo, node: str, device: torch.device) -> RankCheck:
+    environment = describe_environment()
+    facts = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else environment["cpu"],
+        "devices": torch.cuda.device_count(),
+        "driver": _driver_version() if device.type == "cuda" else None,
+        "nccl": torch.cuda.nccl.version() if device.type == "cuda" else None,
+        "python": environment["python"],
+        "commit": environment["git_commit"],
+        **environment["packages"],
+    }
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    matmul = max(measured_matmul_flops(device, MATMUL_SIZE[device.type], dtype=dtype) for _ in range(ROUNDS)) / 1e12
+    folder = Path(tempfile.gettempdir())
+    check = RankCheck(process.rank, node, facts, matmul, shutil.disk_usage(folder).free)
+    if device.type == "cuda" and torch.cuda.device_count() < process.local_world_size:
+        check.problems.append(f"{torch.cuda.device_count()} GPUs for {process.local_world_size} ranks")
+    if process.local_rank == 0:  # the rest is the node's, not the rank's
+        check.problems += _check_node(config, process, check.free_bytes)
+    return check
+
+
+def _check_node(config: RunConfig, process: ProcessInfo, free_bytes: int) -> list[str]:
+    problems = []
+    limit = config.data.cache_limit
+    if config.data.remote is not None and limit is not None:
+        from streaming.base.util import bytes_to_int
+
+        if free_bytes < bytes_to_int(limit):
+            problems.append(f"{free_bytes / 1e9:.1f} GB free, data.cache_limit is {limit}")
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        problems.append(f"run_dir {run_dir} cannot be written: {error.strerror}")
+    for name, url in (("data.remote", config.data.remote), ("checkpoint.remote", config.checkpoint.remote)):
+        if url is not None and url.startswith(S3_SCHEME):
+            problems += _check_s3(name, url)
+    try:
+        from star_dist.data.fetch import fetch_metadata
+        from star_dist.data.schema import check_matches
+        from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
+
+        config.accumulation_steps(process.world_size)
+        tokenizer = load_tokenizer(Path(config.tokenizer.path))
+        for source, metadata in zip(config.data.all_sources, fetch_metadata(config.data)):
+            check_matches(metadata, config, tokenizer_hash(tokenizer), source.remote or source.local)
+    except UserError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _check_s3(name: str, url: str) -> list[str]:
+    """Lists a prefix, and reads the first bytes of what is there."""
+    from star_dist.train.places import S3Place
+
+    try:
+        S3Place(url).check_access()
+    except OSError as error:
+        return [f"{name} {url}: {error}"]
+    return []
+
+
+def _all_reduce_bandwidth(world_size: int, device: torch.device) -> float:
+    """GB/s that each rank sends and receives in a ring: bytes x 2 (n - 1) / n / seconds, the best of ROUNDS."""
+    values = torch.ones(ALL_REDUCE_BYTES[device.type] // 4, device=device)
+    best_s = float("inf")
+    for _ in range(ROUNDS):
+        torch.distributed.barrier()
+        start_s = time.perf_counter()
+        torch.distributed.all_reduce(values)
+        values[0].item()
+        best_s = min(best_s, time.perf_counter() - start_s)
+    worst_s = torch.tensor(best_s, device=device)
+    torch.distributed.all_reduce(worst_s, torch.distributed.ReduceOp.MAX)
+    return values.numel() * 4 * 2 * (world_size - 1) / world_size / worst_s.item() / 1e9
+
+
+def _problems(checks: list[RankCheck]) -> dict[str, list[str]]:
+    """What each node has wrong: its own findings, facts that most other nodes do not share, a slow device."""
+    problems: dict[str, list[str]] = {}
+    for check in checks:
+        for problem in check.problems:
+            problems.setdefault(check.node, []).append(f"rank {check.rank}: {problem}")
+    for name in checks[0].facts:
+        by_node = {check.node: repr(check.facts[name]) for check in checks}
+        usual, _ = Counter(by_node.values()).most_common(1)[0]
+        for node, value in by_node.items():
+            if value != usual:
+                problems.setdefault(node, []).append(f"{name} is {value}, elsewhere {usual}")
+    if checks[0].facts["devices"]:
+        median = sorted(check.matmul_tflops for check in checks)[len(checks) // 2]
+        for check in checks:
+            if check.matmul_tflops < SLOW_FRACTION * median:
+                slow = f"matrix product at {check.matmul_tflops:.1f} TFLOP/s, the median is {median:.1f}"
+                problems.setdefault(check.node, []).append(f"rank {check.rank}: {slow}")
+    return problems
+
+
+def _driver_version() -> str | None:
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,110 @@
+"""Saving while training goes on: a copy on the CPU, a thread that writes it, a marker when every rank has written.
+
+A save that fails anywhere (a full disk, a broken upload) is reported and dropped; the last good checkpoint stays.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from star_dist.config import RunConfig
+from star_dist.train.checkpoint import CheckpointFolder
+from star_dist.train.control import ControlGroup
+from star_dist.train.sharded_state import ShardedState
+from star_dist.train.shards import write_index, write_shard
+
+
+class CheckpointSaver:
+    """Writes the run's checkpoints, one at a time. `on_saved(step)` and `on_failed(step, reason)` report on rank 0.
+
+    All methods but `num_written` are for all ranks together.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: CheckpointFolder,
+        state: ShardedState,
+        control: ControlGroup,
+        rank: int,
+        tokenizer_hash: str,
+        on_saved: Callable[[int], None],
+        on_failed: Callable[[int, str], None],
+    ) -> None:
+        self._config, self._folder, self._state, self._control = config, folder, state, control
+        self._rank, self._tokenizer_hash = rank, tokenizer_hash
+        self._on_saved, self._on_failed = on_saved, on_failed
+        self._pieces = control.gather(state.pieces)
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._error: str | None = None
+        self.num_started = 0
+
+    @property
+    def num_written(self) -> int:
+        """Saves whose files this rank has written, or failed to."""
+        return self.num_started - (self._thread is not None and self._thread.is_alive())
+
+    def start(self, step: int, *, wait: bool) -> bool:
+        """Takes a copy of the state and writes it beside the training, or right now; False if it is known to fail."""
+        self.finish()
+        if not self._all_succeeded(step, self._attempt(self._begin, step) if self._rank == 0 else None):
+            return False
+        tensors, scalars = self._state.snapshot()
+
+        def write() -> None:
+            place, folder = self._folder.place, self._folder.name(step)
+            write_shard(place, folder, self._rank, tensors)
+            if self._rank == 0:
+                write_index(place, folder, self._state.shapes, self._pieces, scalars)
+
+        def run() -> None:
+            self._error = self._attempt(write)
+
+        self._step = step
+        self._thread = threading.Thread(target=run, name=f"checkpoint {step}")
+        self._thread.start()
+        self.num_started += 1
+        return self.finish() if wait else True
+
+    def finish(self) -> bool:
+        """Waits for the save under way, if there is one, and makes it complete; False if it failed."""
+        if self._thread is None:
+            return True
+        self._thread.join()
+        self._thread = None
+        step = self._step
+        if not self._all_succeeded(step, self._error):
+            return False
+        if not self._all_succeeded(step, self._attempt(self._complete, step) if self._rank == 0 else None):
+            return False
+        if self._rank == 0:
+            self._on_saved(step)
+            error = self._attempt(self._folder.prune)
+            if error is not None:
+                self._on_failed(step, f"it is complete, but an older one stays: {error}")
+        return True
+
+    def _begin(self, step: int) -> None:
+        self._folder.begin(step, self._state.size_bytes)
+
+    def _complete(self, step: int) -> None:
+        self._folder.complete(step, self._control.size, self._tokenizer_hash, self._config)
+
+    def _all_succeeded(self, step: int, error: str | None) -> bool:
+        """Whether no rank has an error; the first one is reported, and what was written removed."""
+        errors = [(rank, found) for rank, found in enumerate(self._control.gather(error)) if found is not None]
+        if errors and self._rank == 0:
+            self._attempt(self._folder.discard, step)
+            self._on_failed(step, "; ".join(f"rank {rank}: {found}" for rank, found in errors[:1]))
+        return not errors
+
+    @staticmethod
+    def _attempt(action: Callable[..., None], *arguments: object) -> str | None:
+        """Runs what may fail for want of space or network; the reason if it did."""
+        try:
+            action(*arguments)
+        except Exception as error:  # a thread's exception would end nobody's training, but leave its save undecided
+            return str(error) or type(error).__name__
+        return None

@@ -1,0 +1,146 @@
+"""This rank's part of the training state in DeepSpeed's ZeRO optimizers, as pieces of named parameters.
+
+DeepSpeed's own checkpoints resume on the same number of ranks only, and its universal ones lose each group's settings
+and count Adam's steps wrongly (deepspeed-notes.md). The layout behind them is simple: every rank owns flat ranges of
+parameters inside flat fp32 tensors, each with one Adam state. Stage 3 parts every parameter equally, stages 1 and 2
+part the concatenation of a group's parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_dist.errors import UserError
+from star_dist.run_folder import differences
+from star_dist.train.checkpoint import Checkpoint
+from star_dist.train.shards import BYTES_FP32, KINDS, Piece, Scalars, ShardReader
+
+
+class ShardedState:
+    """Weights, Adam moments and counters of a DeepSpeed engine; `group_of`: parameter -> name of its group."""
+
+    def __init__(self, engine: Any, zero_stage: int, rank: int, group_of: dict[str, str]) -> None:
+        # Nothing else is saved, so there may be nothing else that training changes or that starts from a file.
+        assert not list(engine.module.buffers()) and all(p.requires_grad for p in engine.module.parameters())
+        self._engine = engine
+        self._stage_3 = zero_stage == 3
+        self._rank = rank
+        self._group_of = group_of
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, list[int]]:
+        """Whole shape of every parameter, by name."""
+        parameters = self._engine.module.named_parameters()
+        return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters}
+
+    @functools.cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The flat ranges of parameters that this rank owns; over all ranks they cover every parameter once."""
+        return tuple(piece for piece, _, _ in self._owned())
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of a checkpoint, over all ranks."""
+        return sum(math.prod(shape) for shape in self.shapes.values()) * len(KINDS) * BYTES_FP32
+
+    def _owned(self) -> Iterator[tuple[Piece, Tensor, int]]:
+        """This rank's pieces, each with the flat fp32 tensor of the optimizer that holds it, and its offset there."""
+        optimizer = self._engine.optimizer
+        for name, parameter in self._engine.module.named_parameters():
+            if self._stage_3:
+                group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = size * self._rank  # equal parts, the last ones padded
+                stop = min(start + size, parameter.ds_numel)
+                flat = optimizer.fp32_partitioned_groups_flat[group]
+            elif parameter._hp_mapping is None:
+                continue
+            else:
+                mapping = parameter._hp_mapping
+                start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+                stop = start + mapping.lp_fragment_address.numel
+                flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            if start < stop:
+                yield Piece(name, start, stop), flat, offset
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """The flat fp32 tensors of the optimizer, each with one Adam state."""
+        optimizer = self._engine.optimizer
+        stage_3 = self._stage_3
+        return optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups
+
+    def snapshot(self) -> tuple[dict[str, Tensor], Scalars]:
+        """A copy, on the CPU, of this rank's part of the training state, for `shards.write_shard`."""
+        states = self._engine.optimizer.optimizer.state
+        tensors = {}
+        for piece, flat, offset in self._owned():
+            for kind in KINDS:
+                source = flat if kind == "weight" else states[flat][kind]
+                part = source.detach().narrow(0, offset, piece.stop - piece.start)
+                tensors[f"{kind}/{piece.name}"] = part.to("cpu", copy=True)
+        steps = {int(states[flat]["step"]) for flat in self._flat_partitions() if flat.numel()}
+        assert len(steps) <= 1, f"parts of the optimizer have counted different numbers of updates: {steps}"
+        groups, group_of = self._groups()
+        scalars = Scalars(
+            optimizer_steps=steps.pop() if steps else self._engine.global_steps - self._engine.skipped_steps,
+            global_steps=self._engine.global_steps,
+            skipped_steps=self._engine.skipped_steps,
+            groups=groups,
+            group_of=group_of,
+        )
+        return tensors, scalars
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Restores weights, Adam moments and counters, written by any number of ranks at any ZeRO stage.
+
+        Every rank reads the slices that it owns now.
+
+        Raises:
+            UserError: a file that cannot be read, other parameters, or other settings of a parameter group.
+        """
+        optimizer = self._engine.optimizer
+        states = optimizer.optimizer.state
+        with ShardReader(checkpoint) as reader:
+            reader.check_parameters(self.shapes)
+            self._check_groups(checkpoint, reader.scalars)
+            for flat in self._flat_partitions():
+                moments = {kind: states[flat].get(kind, torch.zeros_like(flat)) for kind in KINDS[1:]}
+                updates = torch.tensor(float(reader.scalars.optimizer_steps), device=flat.device)
+                states[flat] = {"step": updates, **moments}
+            for piece, flat, offset in self._owned():
+                for kind in KINDS:
+                    target = flat.detach() if kind == "weight" else states[flat][kind]
+                    target.narrow(0, offset, piece.stop - piece.start).copy_(reader.read(kind, piece))
+            self._engine.global_steps = reader.scalars.global_steps
+            self._engine.skipped_steps = reader.scalars.skipped_steps
+        if self._stage_3:
+            optimizer.checkpoint_event_prologue()  # parts again what is whole on every rank
+            for flat, low in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat):
+                low.data.copy_(flat.data)
+            for flat, parts in zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp16_partitioned_groups):
+                for part, values in zip(parts, optimizer.unflatten(flat, parts)):
+                    part.data = values.data
+            optimizer.checkpoint_event_epilogue()  # makes whole again the small parameters that stay so
+        else:
+            optimizer.update_lp_params()
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _groups(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Settings of the parameter groups by name, and the group of each parameter."""
+        settings = {}
+        for group in self._engine.optimizer.param_groups:
+            kept = {key: value for key, value in group.items() if key not in ("params", "lr", "name")}
+            settings[group["name"]] = json.loads(json.dumps(kept))
+        return settings, self._group_of
+
+    def _check_groups(self, checkpoint: Checkpoint, scalars: Scalars) -> None:
+        before = {"groups": scalars.groups, "group_of": scalars.group_of}
+        groups, group_of = self._groups()
+        for key, then, now in differences(before, {"groups": groups, "group_of": group_of}):
+            raise UserError(f"checkpoint {checkpoint.path} was written with {key} = {then}, this code has {now}")

@@ -1,0 +1,170 @@
+"""The files of a checkpoint: fp32 weights and Adam moments by parameter, in one safetensors file per rank.
+
+Every rank writes the flat ranges of parameters that it owns, as `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`,
+(numel of its range,) float32 each. `index.json` says which file holds which range of which parameter, so any number of
+ranks, at any ZeRO stage, can read the slices that they own, and an export needs no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from star_dist.errors import UserError
+from star_dist.train.checkpoint import INDEX, Checkpoint
+from star_dist.train.places import Place
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+FORMAT = 1
+BYTES_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The flat range start..stop of one parameter."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What a checkpoint holds beside tensors. optimizer_steps: Adam's count of updates; the others: the engine's.
+
+    groups: name, weight decay and the other settings of each parameter group, but for the rate, which follows from the
+    step. group_of: parameter -> name of its group.
+    """
+
+    optimizer_steps: int
+    global_steps: int
+    skipped_steps: int
+    groups: dict[str, dict[str, Any]]
+    group_of: dict[str, str]
+
+
+def shard_name(rank: int) -> str:
+    return f"shard_{rank:05d}.safetensors"
+
+
+def write_shard(place: Place, folder: str, rank: int, tensors: dict[str, Tensor]) -> None:
+    """Writes this rank's tensors (`KIND/NAME` -> flat range).
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with place.writing(folder, shard_name(rank)) as path:
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:  # its own name for a full disk
+            raise OSError(str(error)) from None
+
+
+def write_index(
+    place: Place, folder: str, shapes: dict[str, list[int]], pieces: Sequence[Sequence[Piece]], scalars: Scalars
+) -> None:
+    """Writes the index; `pieces` are those of every rank.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    parameters: dict[str, Any] = {name: {"shape": shape, "pieces": []} for name, shape in shapes.items()}
+    for rank, owned in enumerate(pieces):
+        for piece in owned:
+            parameters[piece.name]["pieces"].append([rank, piece.start, piece.stop])
+    index = {"format": FORMAT, "scalars": vars(scalars), "parameters": parameters}
+    with place.writing(folder, INDEX) as path:
+        path.write_text(json.dumps(index))
+
+
+class ShardReader:
+    """Reads slices of a checkpoint's parameters; a context manager that keeps its files open.
+
+    Raises:
+        UserError: the checkpoint is of another format, or a file cannot be read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._files = contextlib.ExitStack()
+        self._open = functools.cache(self._open_shard)
+        with self._explained():
+            with checkpoint.place.reading(checkpoint.folder, INDEX) as path:
+                index = json.loads(path.read_text())
+            if index["format"] != FORMAT:
+                raise UserError(f"checkpoint {checkpoint.path} has format {index['format']}, this code reads {FORMAT}")
+            self.scalars = Scalars(**index["scalars"])
+            self.parameters: dict[str, Any] = index["parameters"]
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.cache_clear()
+        self._files.close()
+
+    def check_parameters(self, shapes: dict[str, list[int]]) -> None:
+        """Compares the checkpoint's parameters with a model's.
+
+        Raises:
+            UserError: they differ in name or shape.
+        """
+        found = {name: entry["shape"] for name, entry in self.parameters.items()}
+        if found != shapes:
+            names = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+            raise UserError(
+                f"checkpoint {self.checkpoint.path} holds other parameters than the model: {names[0]} is "
+                f"{found.get(names[0])} there and {shapes.get(names[0])} here ({len(names)} differ)"
+            )
+
+    def read(self, kind: str, piece: Piece) -> Tensor:
+        """A range of a parameter; (stop - start,) float32, whichever files hold it."""
+        result = torch.empty(piece.stop - piece.start)
+        covered = 0
+        for rank, start, stop in self.parameters[piece.name]["pieces"]:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first >= last:
+                continue
+            with self._explained():
+                part = self._open(rank).get_slice(f"{kind}/{piece.name}")[first - start : last - start]
+            result[first - piece.start : last - piece.start] = part
+            covered += last - first
+        if covered != len(result):
+            raise UserError(
+                f"checkpoint {self.checkpoint.path} is damaged: its index has {covered} of the {len(result)} values "
+                f"{piece.start}..{piece.stop} of {piece.name}"
+            )
+        return result
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights, whole, float32, one after another."""
+        for name, entry in self.parameters.items():
+            yield name, self.read("weight", Piece(name, 0, math.prod(entry["shape"]))).view(entry["shape"])
+
+    def _open_shard(self, rank: int) -> Any:
+        reading = self.checkpoint.place.reading(self.checkpoint.folder, shard_name(rank))
+        path: Path = self._files.enter_context(reading)
+        return self._files.enter_context(safe_open(path, framework="pt"))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"checkpoint {self.checkpoint.path} cannot be read: {type(error).__name__}: {error}; resume from "
+                f"another one with checkpoint.resume_step"
+            ) from None

@@ -1,0 +1,94 @@
+"""What asks a training to save or to end: signals, and files named STOP or SAVE in its run folder.
+
+Nothing is done in a signal handler: it notes the request, the ranks agree on it at a step boundary, all save the same
+step, and all end with the same exit code. Signals may reach one rank or all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from star_dist.cli import INTERRUPTED_EXIT, PREEMPTED_EXIT
+
+FILE_CHECK_S = 1.0  # a look at a shared file system costs time
+
+
+@dataclass(frozen=True)
+class Request:
+    """exit_code: how the training ends after saving; None: it saves and goes on."""
+
+    name: str
+    exit_code: int | None
+
+
+# In order of precedence where several come together.
+REQUESTS = (
+    Request("STOP file", 0),
+    Request("SIGINT", INTERRUPTED_EXIT),
+    Request("SIGTERM", PREEMPTED_EXIT),
+    Request("SIGUSR1", PREEMPTED_EXIT),
+    Request("SAVE file", None),
+)
+SIGNALS = {request.name: getattr(signal, request.name) for request in REQUESTS if request.name.startswith("SIG")}
+
+
+class RequestListener:
+    """Notes requests to this rank; rank 0 also looks for the files."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._files = {f"{name} file": run_dir / name for name in ("STOP", "SAVE")} if rank == 0 else {}
+        self._noted: set[str] = set()
+        self._next_look_s = 0.0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals over; a second one of a kind does what it always did, for people in a hurry.
+
+        Processes forked meanwhile (the loader's workers) leave them to this one.
+        """
+        before = {number: signal.getsignal(number) for number in SIGNALS.values()}
+        owner = os.getpid()
+
+        def note(number: int, _: object) -> None:
+            if os.getpid() != owner:
+                if number == signal.SIGTERM:
+                    os._exit(128 + number)
+                return
+            self._noted.add(signal.Signals(number).name)
+            if number == signal.SIGINT:
+                signal.signal(number, before[number])
+
+        for number in SIGNALS.values():
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def noted(self) -> list[float]:
+        """One number per entry of REQUESTS, 1 where this rank was asked since the last call; removes the files."""
+        if self._files and time.monotonic() >= self._next_look_s:
+            self._next_look_s = time.monotonic() + FILE_CHECK_S
+            for name, path in self._files.items():
+                if path.exists():
+                    path.unlink()
+                    self._noted.add(name)
+        noted = [float(request.name in self._noted) for request in REQUESTS]
+        self._noted.clear()
+        return noted
+
+    def note_again(self, counts: list[float]) -> None:
+        """Puts back requests whose sums over all ranks nobody has acted on."""
+        self._noted |= {request.name for request, count in zip(REQUESTS, counts) if count}
+
+    @staticmethod
+    def agreed(counts: list[float]) -> Request | None:
+        """The request to act on, from the sums of `noted` over all ranks."""
+        return next((request for request, count in zip(REQUESTS, counts) if count), None)

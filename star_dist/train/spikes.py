@@ -1,0 +1,117 @@
+"""Steps whose loss is far off: found without waiting for the device, written down, and by option trained around."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from star_dist.config import HealthSection
+from star_dist.files import write_text_atomically
+
+SPIKES_FILE = "spikes.jsonl"
+SKIPPED_FILE = "skipped_data.json"
+REMEMBERED_STEPS = 8  # of sample ids; a verdict comes two steps late
+
+
+@dataclass(frozen=True)
+class Spike:
+    """step: counted from 0. loss: the step's mean per token. mean, deviation: of the steps before it."""
+
+    step: int
+    loss: float
+    mean: float
+    deviation: float
+
+
+class StepLosses:
+    """This rank's summed loss of each step, fetched from the device one step late so that nobody waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._on_device = torch.zeros((), device=device)
+        self._ids: deque[tuple[int, list[int]]] = deque(maxlen=REMEMBERED_STEPS)
+        self._fetching: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._step_ids: list[int] = []
+
+    def add(self, losses_T: Tensor, sample_ids: tuple[int, ...]) -> None:
+        self._on_device = self._on_device + losses_T.detach().sum()
+        self._step_ids.extend(sample_ids)
+
+    def end_step(self, step: int) -> float | None:
+        """The sum of the step before; None at the first."""
+        self._ids.append((step, self._step_ids))
+        before, event = None, None
+        if self._fetching is not None:
+            before, event = self._fetching
+        if self._device.type == "cuda":
+            host = torch.empty((), pin_memory=True).copy_(self._on_device, non_blocking=True)
+            now = torch.cuda.Event()
+            now.record()
+            self._fetching = host, now
+        else:
+            self._fetching = self._on_device, None
+        self._on_device, self._step_ids = torch.zeros((), device=self._device), []
+        if event is not None:
+            event.synchronize()
+        return None if before is None else before.item()
+
+    def sample_ids(self, step: int) -> list[int]:
+        """This rank's samples of one of the last steps."""
+        return next((ids for other, ids in self._ids if other == step), [])
+
+
+class SpikeDetector:
+    """Compares each step's loss with those before it; the same on all ranks, because the losses are."""
+
+    def __init__(self, options: HealthSection) -> None:
+        self._options = options
+        self._window: deque[float] = deque(maxlen=options.spike_window)
+
+    def judge(self, step: int, loss: float) -> Spike | None:
+        """The spike that a step is, if it is one; else the step joins those that the next ones are compared with."""
+        known = len(self._window) >= self._options.spike_window // 4
+        mean = statistics.fmean(self._window) if self._window else math.nan
+        deviation = statistics.pstdev(self._window) if self._window else math.nan
+        if not math.isfinite(loss) or (known and loss > mean + self._options.spike_sigmas * deviation):
+            return Spike(step, loss, mean, deviation)
+        self._window.append(loss)
+        return None
+
+
+class SkippedData:
+    """Steps of data that the run leaves out: RUN/skipped_data.json, which every start reads.
+
+    Without any, training step s uses data step s.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / SKIPPED_FILE
+        self.steps: list[int] = json.loads(self._path.read_text()) if self._path.is_file() else []
+
+    def data_step(self, step: int) -> int:
+        """The data step that a training step uses."""
+        for skipped in sorted(self.steps):
+            step += skipped <= step
+        return step
+
+    def add(self, step: int, *, write: bool) -> None:
+        """Leaves out the data of a training step from now on; `write`: on one rank."""
+        self.steps.append(self.data_step(step))
+        if write:
+            write_text_atomically(self._path, json.dumps(self.steps))
+
+
+def record_spike(run_dir: Path, spike: Spike, sample_ids: list[list[int]], action: str) -> None:
+    """Adds a line to RUN/spikes.jsonl; `sample_ids` are those of every rank."""
+    values = vars(spike) | {"loss": str(spike.loss) if not math.isfinite(spike.loss) else spike.loss}
+    line = values | {"time": time.time(), "action": action, "sample_ids": sample_ids}
+    with (run_dir / SPIKES_FILE).open("a") as file:
+        file.write(json.dumps(line) + "\n")

@@ -1,0 +1,150 @@
+"""What keeps a training alive: requests to save or end, saving, spikes, hangs, and the facts of all that.
+
+Ranks find the same thing at the same step: what each knows goes into one small sum per step that runs beside the next
+step (`ControlGroup.exchange`), so a decision comes one step late and costs no waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from star_dist.config import RunConfig
+from star_dist.errors import RunEnded, UserError
+from star_dist.train.checkpoint import CheckpointFolder
+from star_dist.train.control import ControlGroup
+from star_dist.train.engine import Engine
+from star_dist.train.facts import FactsLog
+from star_dist.train.metrics import MetricsLog
+from star_dist.train.saving import CheckpointSaver
+from star_dist.train.signals import Request, RequestListener
+from star_dist.train.spikes import SPIKES_FILE, SkippedData, Spike, SpikeDetector, StepLosses, record_spike
+from star_dist.train.watchdog import Watchdog
+
+
+class Supervisor:
+    """One per rank; all methods are for all ranks together."""
+
+    def __init__(
+        self, config: RunConfig, engine: Engine, tokenizer_hash: str, facts: FactsLog, log: MetricsLog
+    ) -> None:
+        self.config, self.engine, self.facts, self.log = config, engine, facts, log
+        self.rank = engine.process.rank
+        self.run_dir = Path(config.run_dir)
+        self.control = ControlGroup()
+        self.requests = RequestListener(self.run_dir, self.rank)
+        self.watchdog = Watchdog(config.health.hang_timeout_s, self.run_dir, self.rank, facts.hang)
+        self.step_losses = StepLosses(engine.device)
+        self.spike_detector = SpikeDetector(config.health)
+        self.skipped_data = SkippedData(self.run_dir)
+        self.checkpoints = CheckpointFolder(self.run_dir, config.checkpoint)
+        self.saver = CheckpointSaver(
+            config,
+            self.checkpoints,
+            engine.state,
+            self.control,
+            self.rank,
+            tokenizer_hash,
+            on_saved=facts.saved,
+            on_failed=self._on_save_failed,
+        )
+        self._first_step = 0  # of the steps that `end_step` has seen without a gap
+
+    @contextlib.contextmanager
+    def watching(self, first_step: int) -> Iterator[None]:
+        """What happens inside trains from a step on."""
+        self._first_step = first_step
+        with (
+            self.facts.attempt(first_step, self.control.size),
+            self.requests.listening(),
+            self.watchdog.watching(),
+        ):
+            yield
+
+    def end_step(self, step: int) -> tuple[Request | None, Spike | None]:
+        """What all ranks find out at the end of a step about the steps before, without waiting for one another."""
+        self.facts.step_ended(step + 1)
+        self.watchdog.beat(f"step {step + 2}")
+        loss_sum = self.step_losses.end_step(step)
+        answer = self.control.exchange([*self.requests.noted(), self.saver.num_written, loss_sum or 0.0])
+        if answer is None:
+            return None, None
+        *requested, num_written, loss_sum = answer
+        if num_written == self.saver.num_started * self.control.size:
+            self.saver.finish()
+        spike = None
+        if step - self._first_step >= 2:  # one step until the loss is fetched, one until the ranks have added it up
+            spike = self.spike_detector.judge(step - 2, loss_sum / self.config.tokens_per_step)
+        return self.requests.agreed(requested), spike
+
+    def go_back_before(self, spike: Spike, done: int) -> int | None:
+        """Writes a spike down; goes back to before it if that is the option, and returns the step gone back to.
+
+        Raises:
+            UserError: it went back too often.
+        """
+        health = self.config.health
+        sample_ids = self.control.gather(self.step_losses.sample_ids(spike.step))
+        checkpoint = None
+        if health.on_spike == "rollback":
+            self.saver.finish()
+            checkpoint = self.checkpoints.find(None, at_most=spike.step)
+        action = f"back to step {checkpoint.step}" if checkpoint is not None else "recorded"
+        if self.rank == 0:
+            record_spike(self.run_dir, spike, sample_ids, action)
+            self.facts.write("spike", step=spike.step, loss=str(spike.loss), action=action)
+        self.log.say(f"step {spike.step + 1} has loss {spike.loss:.4g}, those before {spike.mean:.4g}: {action}")
+        if checkpoint is None:
+            return None
+        if len(self.skipped_data.steps) >= health.max_rollbacks:
+            raise UserError(
+                f"the loss spiked at step {spike.step + 1} after {health.max_rollbacks} rollbacks "
+                f"(health.max_rollbacks); look at {self.run_dir / SPIKES_FILE}, then lower optimizer.learning_rate in "
+                f"another run, or raise the limit"
+            )
+        with self.pause("going back"):
+            *requested, _, _ = self.control.finish_exchange()
+            self.requests.note_again(requested)
+            self.step_losses = StepLosses(self.engine.device)
+            self.skipped_data.add(spike.step, write=self.rank == 0)
+            self.engine.state.load(checkpoint)
+            if self.rank == 0:
+                self.checkpoints.set_aside_after(checkpoint.step)
+            self.control.gather(None)
+            self.log.go_back(checkpoint.step)
+            self.facts.went_back(done, checkpoint.step)
+        self._first_step = checkpoint.step
+        return checkpoint.step
+
+    def save(self, done: int, request: Request | None) -> None:
+        """Saves; then ends the run if it was asked to.
+
+        Raises:
+            RunEnded: it was asked to end.
+            UserError: the last step's checkpoint cannot be written.
+        """
+        last = done == self.config.train.steps
+        ends = request is not None and request.exit_code is not None and not last
+        with self.pause("saving"):
+            self.facts.copied(done)
+            saved = self.saver.start(done, wait=last or ends or not self.config.checkpoint.background)
+        if last and not saved:
+            raise UserError(
+                f"the last checkpoint could not be written to {self.checkpoints.place}; mend that and start again"
+            )
+        if ends:
+            newest = done if saved else max(self.checkpoints.complete_steps(), default=0)
+            raise RunEnded(f"{request.name}: the run goes on from step {newest} when started again", request.exit_code)
+
+    def _on_save_failed(self, step: int, reason: str) -> None:
+        self.log.say(f"warning: the checkpoint of step {step} failed: {reason}; training goes on")
+        self.facts.write("save_failed", step=step, reason=reason)
+
+    @contextlib.contextmanager
+    def pause(self, doing: str) -> Iterator[None]:
+        """What happens inside is no training."""
+        self.watchdog.beat(doing)
+        yield
+        self.watchdog.beat("training")
+        self.facts.pause_ended()

@@ -1,0 +1,207 @@
+"""Checkpoints on another number of ranks, on S3, damaged, permanent and rolling."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from star_dist.config import CheckpointSection, RunConfig
+from star_dist.errors import UserError
+from star_dist.train.checkpoint import CheckpointFolder
+from star_dist.train.places import S3Place
+from tests.ranks import RankFailed, run_ranks
+from tests.train.runs import metrics, train_on, weights
+
+MakeConfig = Callable[..., RunConfig]
+
+# Worst case over 2 -> 1, 1 -> 2, 2 -> 4 and 2 at stage 3 -> 1 at stage 1 after 4 steps of rate 1e-3, on a CPU.
+LOSS_TOLERANCE = 2e-6  # measured worst case 5e-7 in fp32
+WEIGHT_TOLERANCE = 2e-5  # measured worst case 2e-6 in fp32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 3), (1, 2, 3), (2, 4, 3), (2, 1, 1), (1, 2, 2)])
+def test_another_number_of_ranks_goes_on(
+    run_config: MakeConfig, tmp_path: Path, before: int, after: int, stage: int
+) -> None:
+    """The losses and weights of an undisturbed run, up to the order of float sums; at another ZeRO stage, too."""
+
+    def config(name: str, steps: int, zero_stage: int) -> RunConfig:
+        return run_config(
+            run_dir=str(tmp_path / name),
+            train={"steps": steps, "zero_stage": zero_stage},
+            optimizer={"learning_rate": 1e-3, "schedule": "constant"},
+        )
+
+    undisturbed = config("undisturbed", 8, 3)
+    expected = train_on(undisturbed, before)
+    train_on(config("elastic", 4, 3), before)
+    resumed = config("elastic", 8, stage)
+    found = train_on(resumed, after)
+    worst_loss = max(abs(found[step]["loss/total"] - expected[step]["loss/total"]) for step in expected)
+    expected_weights, found_weights = weights(undisturbed), weights(resumed)
+    worst_weight = max((found_weights[n] - w).abs().max().item() for n, w in expected_weights.items())
+    print(f"{before} -> {after}, stage {stage}: loss {worst_loss:.1e}, weight {worst_weight:.1e}")
+    assert sorted(found) == sorted(expected)
+    assert worst_loss < LOSS_TOLERANCE and worst_weight < WEIGHT_TOLERANCE
+
+
+def test_all_of_the_optimizer_is_restored_on_another_number_of_ranks(run_config: MakeConfig) -> None:
+    """Moments, the count of updates and the settings of each group: read back by one rank, equal to those of two."""
+    config = run_config(train={"steps": 3})
+    train_on(config, 2)
+
+    def state() -> tuple[dict, dict]:
+        from star_dist.process import prepare_process_environment
+        from star_dist.train.engine import Engine
+
+        engine = Engine(config, prepare_process_environment())
+        engine.state.load(CheckpointFolder(Path(config.run_dir)).find(None))
+        tensors, scalars = engine.state.snapshot()
+        return {name: tensor.numpy() for name, tensor in tensors.items()}, vars(scalars)
+
+    ((whole, scalars),) = run_ranks(state, 1)
+    halves = run_ranks(state, 2)
+    assert scalars["optimizer_steps"] == 3 and scalars["groups"]["decay"]["weight_decay"] == 0.05
+    assert scalars["groups"]["no_decay"]["weight_decay"] == 0.0
+    assert all(half[1] == scalars for half in halves)
+    for name, values in whole.items():
+        parts = [torch.from_numpy(half[name]) for half, _ in halves if name in half]
+        assert torch.equal(torch.cat(parts), torch.from_numpy(values)), name
+    assert any(values.any() for name, values in whole.items() if name.startswith("exp_avg_sq/"))
+
+
+def damaged(folder: Path, how: str) -> str:
+    """Damages a checkpoint; returns what the message says."""
+    shard = folder / "shard_00000.safetensors"
+    if how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:100])
+        return r"shard_00000\.safetensors has 100 bytes, its marker says \d+"
+    if how == "missing":
+        shard.unlink()
+        return r"shard_00000\.safetensors is missing, its marker says \d+"
+    if how == "marker alone":
+        for path in folder.iterdir():
+            if path.name != "complete.json":
+                path.unlink()
+        return r"is missing, its marker says \d+"
+    (folder / "complete.json").write_text('{"step": 6}')
+    return r"complete\.json is no marker of this version"
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing", "marker alone", "empty marker"])
+def test_a_damaged_checkpoint_is_refused_or_by_option_passed_over(run_config: MakeConfig, how: str) -> None:
+    config = run_config(train={"steps": 6})
+    expected = train_on(config, 1)
+    folder = CheckpointFolder(Path(config.run_dir))
+    said = damaged(Path(folder.place.root) / "step_00000006", how)
+    with pytest.raises(UserError, match=rf"(?s)is damaged: {said}.*\[3\].*on_damaged to previous"):
+        folder.find(None)
+    if how in ("missing", "empty marker"):
+        taken = run_config(train={"steps": 6}, checkpoint={"on_damaged": "previous", "every": 3})
+        assert train_on(taken, 1) == expected
+        names = sorted(path.name for path in folder.place.root.iterdir())
+        assert names[0].startswith("abandoned_step_00000006") and names[1:] == ["step_00000003", "step_00000006"]
+
+
+def test_a_shard_of_other_bytes_is_refused(run_config: MakeConfig) -> None:
+    """Right size, wrong content: not a traceback either."""
+    config = run_config(train={"steps": 3})
+    train_on(config, 1)
+    shard = Path(config.run_dir) / "checkpoints" / "step_00000003" / "shard_00000.safetensors"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(RankFailed, match=r"UserError: checkpoint .*step_00000003 cannot be read: SafetensorError"):
+        train_on(run_config(train={"steps": 6}), 1)
+
+
+def test_permanent_and_rolling_checkpoints(run_config: MakeConfig) -> None:
+    config = run_config(train={"steps": 14}, checkpoint={"every": 2, "keep_last": 2, "keep_every": 6})
+    train_on(config, 1)
+    assert CheckpointFolder(Path(config.run_dir)).complete_steps() == [6, 12, 14]
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    """A local S3 server."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket, in the environment's S3."""
+    import boto3
+
+    monkeypatch.setenv("S3_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="checkpoints")
+    return "s3://checkpoints/runs/a"
+
+
+def test_checkpoints_on_s3(run_config: MakeConfig, tmp_path: Path, s3: str) -> None:
+    """Saved, pruned, resumed on another number of ranks and exported from there; nothing in the run folder."""
+    from star_dist.train.export_checkpoint import export_checkpoint
+
+    options = {"every": 3, "keep_last": 1, "remote": s3}
+    config = run_config(train={"steps": 6}, checkpoint=options, optimizer={"schedule": "constant"})
+    train_on(config, 2)
+    assert not (Path(config.run_dir) / "checkpoints").exists()
+    folder = CheckpointFolder(Path(config.run_dir), config.checkpoint)
+    assert folder.complete_steps() == [6]
+    undisturbed = run_config(
+        run_dir=str(tmp_path / "undisturbed"), train={"steps": 9}, optimizer={"schedule": "constant"}
+    )
+    expected = train_on(undisturbed, 2)
+    resumed = run_config(train={"steps": 9}, checkpoint=options, optimizer={"schedule": "constant"})
+    assert train_on(resumed, 2) == expected
+    assert export_checkpoint(Path(config.run_dir), tmp_path / "export", None, "fp32") == 9
+    back = run_config(train={"steps": 9}, checkpoint=options | {"resume_step": 9}, optimizer={"schedule": "constant"})
+    with pytest.raises(UserError, match=r"has complete checkpoints \[9\]"):
+        CheckpointFolder(Path(back.run_dir), back.checkpoint).find(6)
+    S3Place(s3).check_access()
+    S3Place(s3).rename("step_00000009", "abandoned")
+    assert folder.complete_steps() == [] and "complete.json" in S3Place(s3).files("abandoned")
+
+
+def test_s3_out_of_reach_does_not_end_the_training(run_config: MakeConfig, s3: str, monkeypatch) -> None:
+    """Every upload fails: reported, and only the last one ends the run, with a message."""
+    config = run_config(train={"steps": 5}, checkpoint={"every": 2, "remote": s3})
+
+    def run() -> None:
+        from star_dist.train.places import S3Place
+
+        def refuse(*_: object, **__: object) -> None:
+            from botocore.exceptions import EndpointConnectionError
+
+            raise EndpointConnectionError(endpoint_url="http://gone")
+
+        S3Place("s3://checkpoints")._client.__class__.upload_file = refuse
+        from star_dist.process import prepare_process_environment
+        from star_dist.train.run import train as train_run
+
+        train_run(config, prepare_process_environment(1))
+
+    with pytest.raises(RankFailed, match=r"UserError: the last checkpoint could not be written to s3://checkpoints"):
+        run_ranks(run, 1)
+    assert sorted(metrics(config)) == [1, 2, 3, 4, 5]
+    events = [json.loads(line) for line in (Path(config.run_dir) / "facts.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "save_failed"] == [2, 4, 5]
+
+
+def test_no_room_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = CheckpointFolder(tmp_path, CheckpointSection())
+    monkeypatch.setattr(type(folder.place), "free_bytes", lambda place: 10**9)
+    with pytest.raises(OSError, match=r"takes 1\.10 GB and .* has 1\.00 GB free"):
+        folder.begin(5, 10**9)
+    assert folder.complete_steps() == []

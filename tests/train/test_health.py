@@ -1,0 +1,276 @@
+"""A run that looks after itself: asked to end, spiking, hanging, out of space; and what its facts say afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from star_dist.config import HealthSection, RunConfig
+from star_dist.train.facts import append_event, failures_without_progress, read_events, summarize
+from star_dist.train.spikes import SkippedData, SpikeDetector
+from tests.ranks import run_ranks
+from tests.train.runs import metrics, train, train_on, weights
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def ended(config: RunConfig, before_step: Callable[[int, int], None], world_size: int = 2) -> list[tuple[int, str]]:
+    """Trains on ranks, with something done on each before every step; exit code and message of each rank."""
+
+    def run() -> tuple[int, str]:
+        from star_dist.errors import RunEnded
+        from star_dist.train.trainer import Trainer
+
+        plain = Trainer._forward
+        rank = int(os.environ["RANK"])
+        calls = iter(range(10**6))
+
+        def forward(trainer: Trainer, *arguments: Any) -> Any:
+            step, micro_step = divmod(next(calls), trainer.train_batches.micro_batches_per_step)
+            if micro_step == 0:
+                before_step(rank, step)
+            return plain(trainer, *arguments)
+
+        Trainer._forward = forward
+        try:
+            train(config)
+        except RunEnded as error:
+            return error.exit_code, str(error)
+        return 0, "finished"
+
+    return run_ranks(run, world_size)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_one_rank_ends_all_after_a_save(
+    run_config: MakeConfig, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    config = run_config(train={"steps": 12}, checkpoint={"every": 10})
+
+    def at_step_2(rank: int, step: int) -> None:
+        if (rank, step) == (1, 2):
+            os.kill(os.getpid(), number)
+
+    ends = ended(config, at_step_2)
+    assert ends == [(code, f"{number.name}: the run goes on from step 4 when started again")] * 2
+    assert read_events(Path(config.run_dir))[-1]["reason"].startswith(number.name)
+    if number == signal.SIGUSR1:
+        undisturbed = run_config(run_dir=str(tmp_path / "undisturbed"), train={"steps": 12}, checkpoint={"every": 10})
+        assert train_on(config, 2) == train_on(undisturbed, 2)
+        (restart,) = summarize(Path(config.run_dir)).restarts
+        assert restart["from_step"] == 4 and restart["lost_steps"] == 0 and restart["reason"].startswith("SIGUSR1")
+
+
+def test_files_in_the_run_folder_ask_to_save_and_to_stop(run_config: MakeConfig) -> None:
+    """SAVE saves and goes on, STOP saves and ends with 0; both are gone afterwards."""
+    config = run_config(train={"steps": 40}, checkpoint={"every": 100, "keep_last": 9})
+    run_dir = Path(config.run_dir)
+
+    def touch(rank: int, step: int) -> None:
+        if rank == 0 and step in (2, 12):
+            (run_dir / ("SAVE" if step == 2 else "STOP")).touch()
+        if step in (3, 13):
+            time.sleep(1.1)  # files are looked for once a second
+
+    ends = ended(config, touch)
+    assert ends[0][0] == 0 and ends[0][1].startswith("STOP file: the run goes on from step")
+    saved = [event["step"] for event in read_events(run_dir) if event["event"] == "checkpoint"]
+    assert len(saved) == 2 and 3 <= saved[0] <= 6 and 13 <= saved[1] <= 16
+    assert not (run_dir / "SAVE").exists() and not (run_dir / "STOP").exists()
+
+
+def poison(config: RunConfig, poisoned_step: int, loss_factor: float) -> None:
+    """Makes the loss of one data step wrong, whenever its samples come."""
+    from star_dist.data.batches import TrainBatches
+    from star_dist.data.dataset import MicroBatch
+    from star_dist.train.trainer import Trainer
+
+    plain_forward, plain_starting_at = Trainer._forward, TrainBatches.starting_at
+    bad: set[tuple[int, ...]] = set()
+
+    def starting_at(batches: TrainBatches, step: int) -> Any:
+        for i, batch in enumerate(plain_starting_at(batches, step)):
+            if step + i // batches.micro_batches_per_step == poisoned_step:
+                bad.add(batch.sample_ids)
+            yield batch
+
+    def forward(trainer: Trainer, batch: MicroBatch, *arguments: Any) -> Any:
+        losses_T, correct_T = plain_forward(trainer, batch, *arguments)
+        return losses_T * (loss_factor if batch.sample_ids in bad else 1.0), correct_T
+
+    TrainBatches.starting_at, Trainer._forward = starting_at, forward
+    train(config)
+
+
+def test_a_spike_is_trained_around(run_config: MakeConfig) -> None:
+    """Back to the checkpoint before it, without its samples from then on: as if they had never been in the data."""
+    config = run_config(
+        train={"steps": 16},
+        checkpoint={"every": 4, "keep_last": 9},
+        health={"on_spike": "rollback", "spike_window": 16, "spike_sigmas": 8.0},
+    )
+    run_ranks(poison, 2, config, 10, float("nan"))
+    run_dir = Path(config.run_dir)
+    (spike,) = [json.loads(line) for line in (run_dir / "spikes.jsonl").read_text().splitlines()]
+    assert spike["step"] == 10 and spike["action"] == "back to step 8"
+    assert [len(ids) for ids in spike["sample_ids"]] == [4, 4]
+    assert json.loads((run_dir / "skipped_data.json").read_text()) == [10]
+    by_step = metrics(config)
+    assert sorted(by_step) == list(range(1, 17))
+    assert max(line["loss/total"] for line in by_step.values()) < 5
+    assert summarize(run_dir).lost_steps == 5  # 9 to 13: the verdict on step 11 comes after step 13
+
+
+def test_spikes_are_only_written_down_by_default(run_config: MakeConfig) -> None:
+    config = run_config(train={"steps": 16}, health={"spike_window": 16})
+    run_ranks(poison, 1, config, 10, 100.0)
+    (spike,) = (Path(config.run_dir) / "spikes.jsonl").read_text().splitlines()
+    assert json.loads(spike)["action"] == "recorded"
+
+
+def test_too_many_spikes_end_the_run(run_config: MakeConfig) -> None:
+    from tests.ranks import RankFailed
+
+    config = run_config(train={"steps": 16}, health={"spike_window": 16, "on_spike": "rollback", "max_rollbacks": 1})
+    Path(config.run_dir).mkdir()
+    (Path(config.run_dir) / "skipped_data.json").write_text("[2]")
+    with pytest.raises(RankFailed, match=r"UserError: the loss spiked at step 11 after 1 rollbacks"):
+        run_ranks(poison, 1, config, 11, 100.0)
+
+
+def test_spike_detector() -> None:
+    detector = SpikeDetector(HealthSection(spike_window=8, spike_sigmas=3.0))
+    assert detector.judge(0, 50.0) is None  # nothing to compare with
+    assert detector.judge(1, float("inf")) is not None
+    for step in range(2, 10):
+        assert detector.judge(step, 5.0 + 0.1 * (step % 2)) is None
+    assert detector.judge(10, 5.3).mean == pytest.approx(5.05)
+    assert detector.judge(11, 5.15) is None
+
+
+def test_skipped_data_shift_what_follows(tmp_path: Path) -> None:
+    skipped = SkippedData(tmp_path)
+    skipped.add(5, write=True)
+    assert [skipped.data_step(step) for step in (4, 5, 6)] == [4, 6, 7]
+    skipped.add(5, write=True)  # the step that came in its place
+    assert SkippedData(tmp_path).data_step(5) == 7
+
+
+def test_a_hang_ends_with_everybodys_stacks(run_config: MakeConfig) -> None:
+    config = run_config(train={"steps": 12}, health={"hang_timeout_s": 4})
+
+    def run() -> None:
+        import star_dist.train.watchdog as watchdog
+
+        watchdog.OTHER_RANKS_WAIT_S = 0.5
+        left = os.fork()
+        if left:
+            _, status = os.waitpid(left, 0)
+            return os.waitstatus_to_exitcode(status)
+
+        def hang(rank: int, step: int) -> None:
+            if (rank, step) == (1, 3):
+                time.sleep(1000)
+
+        try:
+            ended_in_this_process(config, hang)
+        finally:
+            os._exit(1)
+
+    assert run_ranks(run, 2) == [70, 70]
+    stacks = [(Path(config.run_dir) / "stacks" / f"rank_{rank:05d}.txt").read_text() for rank in (0, 1)]
+    assert "in hang" in stacks[1] and "nothing finished for" in stacks[1]
+    assert "_train_from" in stacks[0]
+    assert read_events(Path(config.run_dir))[-1]["reason"].startswith("hang: rank 0")
+
+
+def ended_in_this_process(config: RunConfig, before_step: Callable[[int, int], None]) -> None:
+    from star_dist.train.trainer import Trainer
+
+    plain, calls = Trainer._forward, iter(range(10**6))
+
+    def forward(trainer: Trainer, *arguments: Any) -> Any:
+        before_step(int(os.environ["RANK"]), next(calls) // trainer.train_batches.micro_batches_per_step)
+        return plain(trainer, *arguments)
+
+    Trainer._forward = forward
+    train(config)
+
+
+def test_a_failed_save_is_reported_and_training_goes_on(run_config: MakeConfig, capfd) -> None:
+    """No room for the first, a broken write on rank 1 for the second: dropped; the third is good."""
+    config = run_config(train={"steps": 9}, checkpoint={"every": 3})
+
+    def run() -> None:
+        from star_dist.train import saving
+        from star_dist.train.places import LocalPlace
+
+        plain_write, plain_free, asked = saving.write_shard, LocalPlace.free_bytes, iter(range(10))
+        LocalPlace.free_bytes = lambda place: 1000 if next(asked) == 0 else plain_free(place)
+
+        def write(place, folder, rank, tensors):
+            if (folder, rank) == ("step_00000006", 1):
+                raise OSError(28, "No space left on device")
+            plain_write(place, folder, rank, tensors)
+
+        saving.write_shard = write
+        train(config)
+
+    run_ranks(run, 2)
+    failures = [event for event in read_events(Path(config.run_dir)) if event["event"] == "save_failed"]
+    assert [event["step"] for event in failures] == [3, 6]
+    assert "a checkpoint takes 0.00 GB" in failures[0]["reason"]
+    assert failures[1]["reason"] == "rank 1: [Errno 28] No space left on device"
+    assert "the checkpoint of step 6 failed" in capfd.readouterr().err
+    names = [path.name for path in (Path(config.run_dir) / "checkpoints").iterdir()]
+    assert names == ["step_00000009"]
+
+
+def test_facts_of_a_run(tmp_path: Path) -> None:
+    """100 s of training, of which 20 were lost, in 200 s."""
+    events = [
+        ("start", {"step": 0, "last_step": 0}, 1000),
+        ("checkpoint", {"step": 50, "train_s": 40.0}, 1045),
+        ("failed", {"exit_code": 137}, 1100),
+        ("start", {"step": 50, "last_step": 70}, 1140),
+        ("end", {"step": 100, "train_s": 40.0, "reason": "finished", "exit_code": 0}, 1200),
+    ]
+    (tmp_path / "facts.jsonl").write_text(
+        "\n".join(json.dumps({"event": event, "time": time_s, **values}) for event, values, time_s in events) + "\n"
+    )
+    summary = summarize(tmp_path)
+    assert (summary.lost_steps, summary.useful_s, summary.wall_s, summary.goodput) == (20, 80.0, 200, 0.4)
+    assert summary.restarts == [{"time": 1140, "reason": "exit code 137", "from_step": 50, "lost_steps": 20}]
+    append_event(tmp_path, "failed", exit_code=1)
+    append_event(tmp_path, "failed", exit_code=1)
+    assert failures_without_progress(tmp_path) == 3
+    append_event(tmp_path, "checkpoint", step=120, train_s=1.0)
+    assert failures_without_progress(tmp_path) == 0
+
+
+def test_weights_are_restored_by_a_rollback(run_config: MakeConfig) -> None:
+    """`ShardedState.load` into an engine that has trained on: bit-identical to what was saved."""
+    config = run_config(train={"steps": 3})
+    train_on(config, 2)
+    expected = weights(config)
+
+    def run() -> dict | None:
+        from star_dist.process import prepare_process_environment
+        from star_dist.train.checkpoint import CheckpointFolder
+        from star_dist.train.engine import Engine
+
+        engine = Engine(config, prepare_process_environment())
+        engine.state.load(CheckpointFolder(Path(config.run_dir)).find(None))
+        full = engine.full_weights()
+        return full and {name: tensor.numpy() for name, tensor in full.items()}
+
+    found, _ = run_ranks(run, 2)
+    assert all(torch.equal(torch.from_numpy(found[name]), expected[name]) for name in expected)
