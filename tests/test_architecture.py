@@ -21,7 +21,9 @@ TORCH_FREE = [
     "star_dist.scales",
     "star_dist.cli",
     "star_dist.process",
+    "star_dist.submission",
     "star_dist.train.checkpoint",
+    "star_dist.train.status",
 ]
 
 

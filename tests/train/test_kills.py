@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NUM_KILLS = 20
 WORLD_SIZE = 2
 DEADLINE_S = 120
+UNNOTICED_S = 10
 
 
 class Launcher:
@@ -37,7 +38,7 @@ class Launcher:
         if pid == 0:
             for rank in range(WORLD_SIZE):
                 if os.fork() == 0:
-                    self._rank(config, rank, port)
+                    self._rank(config, rank, port)  # does not return
             for _ in range(WORLD_SIZE):
                 os.wait()
             os._exit(0)
@@ -59,13 +60,16 @@ class Launcher:
         os._exit(0)
 
     def kill_one(self, kind: str, choice: random.Random) -> None:
-        victims = {
-            "rank": self.ranks,
-            "launcher": [self.process],
-            "data worker": [child for rank in self.ranks for child in rank.children()],
-        }[kind]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            choice.choice(victims or self.ranks).kill()
+        if kind == "launcher":
+            return self.process.kill()
+        victims = self.ranks
+        if kind == "data worker":
+            children = [child for rank in self.ranks for child in rank.children()]
+            victims = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+        choice.choice(victims or self.ranks).kill()
+        _, alive = psutil.wait_procs(self.ranks, timeout=UNNOTICED_S)
+        if alive:  # a worker that had nothing left to deliver
+            choice.choice(alive).kill()
 
     def wait(self) -> None:
         """Until no rank is left: nothing but their own reaction ends them."""
@@ -79,7 +83,7 @@ class Launcher:
 
 
 def test_twenty_kills_change_nothing(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    sections = dict(train={"steps": 90}, checkpoint={"every": 2}, data={"num_workers": 1})
+    sections = dict(train={"steps": 120}, checkpoint={"every": 2}, data={"num_workers": 1})
     config = run_config(**sections)
     choice = random.Random(0)
     kinds = ["rank", "launcher", "data worker"]
