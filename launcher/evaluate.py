@@ -27,7 +27,9 @@ def main() -> None:
 
     folder = Path(arguments.model)
     source = Path(arguments.config) if arguments.config else folder / "config.json"
-    if not arguments.config and not (folder / "checkpoints").is_dir() and (folder / "model.safetensors").is_file():
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is neither a run folder nor an export: it has no config.json")
+    if not arguments.config and (folder / "model.safetensors").is_file():
         raise UserError(f"{folder} is an export, which knows no data; name the config of its data with --config")
     overrides = list(arguments.overrides)
     if arguments.num_samples is not None:

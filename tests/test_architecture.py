@@ -22,9 +22,11 @@ TORCH_FREE = [
     "star_dist.cli",
     "star_dist.object_store",
     "star_dist.process",
+    "star_dist.submission",
     "star_dist.train.checkpoint",
     "star_dist.train.dry_run",
     "star_dist.train.planning",
+    "star_dist.train.status",
 ]
 
 

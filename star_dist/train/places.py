@@ -66,6 +66,7 @@ class LocalPlace:
         path = self.root / folder / name
         partial = path.with_name(f"{name}.partial")
         yield partial
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)

@@ -1,4 +1,4 @@
-"""What asks a training to save or to end: signals, and files named STOP or SAVE in its run folder.
+"""What asks a training to save or to end: signals, a launcher's death, files named STOP or SAVE in its run folder.
 
 Nothing is done in a signal handler: it notes the request, the ranks agree on it at a step boundary, all save the same
 step, and all end with the same exit code. Signals may reach one rank or all of them.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from star_dist.cli import INTERRUPTED_EXIT, PREEMPTED_EXIT
 
+LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"}  # of torchrun and of deepspeed
 FILE_CHECK_S = 1.0  # a look at a shared file system costs time
 
 
@@ -33,6 +34,7 @@ REQUESTS = (
     Request("SIGINT", INTERRUPTED_EXIT),
     Request("SIGTERM", PREEMPTED_EXIT),
     Request("SIGUSR1", PREEMPTED_EXIT),
+    Request("death of the launcher", PREEMPTED_EXIT),
     Request("SAVE file", None),
 )
 SIGNALS = {request.name: getattr(signal, request.name) for request in REQUESTS if request.name.startswith("SIG")}
@@ -43,6 +45,8 @@ class RequestListener:
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self._files = {f"{name} file": run_dir / name for name in ("STOP", "SAVE")} if rank == 0 else {}
+        # A launcher that is killed leaves its ranks running, where the next start finds them in its way.
+        self._launcher = os.getppid() if LAUNCHER_VARIABLES & os.environ.keys() else None
         self._noted: set[str] = set()
         self._next_look_s = 0.0
 
@@ -80,6 +84,9 @@ class RequestListener:
                 if path.exists():
                     path.unlink()
                     self._noted.add(name)
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._noted.add("death of the launcher")
+            self._launcher = None
         noted = [float(request.name in self._noted) for request in REQUESTS]
         self._noted.clear()
         return noted

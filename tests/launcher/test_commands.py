@@ -25,6 +25,11 @@ COMMANDS = [
     ["-m", "star_dist.command", "serve"],
     ["launcher/sample.py"],
     ["launcher/sample_grid.py"],
+    ["launcher/evaluate.py"],
+    ["launcher/submit.py"],
+    ["launcher/status.py"],
+    ["launcher/preflight.py"],
+    ["launcher/retry.py"],
     ["-m", "data_prep.tokenize"],
     ["-m", "data_prep.openmoji"],
 ]
@@ -95,6 +100,9 @@ def test_help_answers_at_once(command: list[str]) -> None:
             "--scales takes growing whole numbers from 1 on, got '2,1'",
         ),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png"], "absent is no inference folder"),
+        (["launcher/status.py", "absent"], "absent is no run folder"),
+        (["launcher/evaluate.py", "absent"], "absent is neither a run folder nor an export"),
+        (["launcher/submit.py", "configs/d30.json", "--nodes", "0"], "--nodes must be positive, got 0"),
         (["launcher/sample.py", "absent", "--out", "x.png"], "no prompt given"),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.gif"], "must end in .png or .jpg"),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--top-p", "7"], "top_p must lie in 0..1"),
@@ -144,6 +152,45 @@ def test_srun_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(UserError, match="srun started 4 tasks without a launcher"):
         prepare_process_environment()
+
+
+def test_submit_says_what_it_would_submit(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = run_config()
+    (tmp_path / "config.json").write_text(dump_config(config))
+    command = ["launcher/submit.py", str(tmp_path / "config.json"), "--nodes", "8", "train.steps=9", "--dry-run"]
+    result = run(sys.executable, *command, "--sbatch=--exclusive")
+    assert result.returncode == 0, result.stderr
+    assert "--nodes=8" in result.stdout and "--exclusive" in result.stdout and "train.sbatch" in result.stdout
+    assert not Path(config.run_dir).exists()
+
+
+@pytest.mark.slow
+def test_evaluate_agrees_with_the_trainings_own_validation(run_config: Callable[..., RunConfig]) -> None:
+    from tests.train.runs import train_on
+
+    config = run_config(train={"steps": 2}, validation={"every": 2, "num_samples": 7})
+    expected = train_on(config, 2)[2]
+    result = run(sys.executable, "launcher/evaluate.py", config.run_dir)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["step"] == 2 and found["num_samples"] == 7
+    for key, value in expected.items():
+        if key.startswith("validation/"):
+            assert found[key] == pytest.approx(value, abs=2e-6)
+
+
+@pytest.mark.slow
+def test_preflight_names_what_is_wrong(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Two ranks: a table, and a data set that is not there."""
+    (tmp_path / "config.json").write_text(dump_config(run_config()))
+    command = [sys.executable, "launcher/node.py", "--nproc-per-node=2", "--master-port=29638", "launcher/preflight.py"]
+    command += ["--config", str(tmp_path / "config.json"), "--json", str(tmp_path / "findings.json")]
+    result = run(*command)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "all-reduce over 2 ranks" in result.stdout and result.stdout.splitlines()[1].endswith("ok")
+    assert json.loads((tmp_path / "findings.json").read_text())["ranks"][1]["matmul_tflops"] > 0
+    result = run(*command, "data.local=/absent")
+    assert result.returncode == 1 and "no data set at /absent" in result.stdout and "error: bad nodes:" in result.stderr
 
 
 @pytest.mark.slow

@@ -20,12 +20,12 @@ import torch
 
 from star_dist.config import RunConfig, dump_config
 from tests.launcher.slurm_cluster import SlurmCluster, why_not
-from tests.train.runs import metrics, weights
+from tests.train.runs import last_step, metrics, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-MUST_RUN = "STAR_TESTS_NEED_SLURM"
+MUST_RUN = "STAR_DIST_SLURM_REQUIRED"
 JOB_TIMEOUT_S = 300
 
 
@@ -96,13 +96,6 @@ def start_again_at_once(cluster: SlurmCluster, job: str, config: RunConfig, rest
     wait_until(begun, f"started {restarts} times again", config)
 
 
-def steps_done(config: RunConfig) -> int:
-    try:
-        return max(metrics(config), default=0)
-    except json.JSONDecodeError:
-        return 0
-
-
 def ranks_on(node: str) -> list[psutil.Process]:
     """The training processes of one of the nodes."""
     found = []
@@ -125,14 +118,14 @@ def test_a_job_comes_back_after_a_signal_and_after_a_lost_node(
     )
     config = run_config(**sections)
     job = submit(cluster, site, config)
-    wait_until(lambda: steps_done(config) >= 10, "at step 10", config)
+    wait_until(lambda: last_step(config) >= 10, "at step 10", config)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     start_again_at_once(cluster, job, config, restarts=1)
     events = [json.loads(line) for line in (Path(config.run_dir) / "facts.jsonl").read_text().splitlines()]
     end = next(event for event in events if event["event"] == "end")
     assert end["reason"].startswith("SIGUSR1") and end["step"] >= 10
 
-    wait_until(lambda: steps_done(config) >= end["step"] + 20, "20 steps later", config)
+    wait_until(lambda: last_step(config) >= end["step"] + 20, "20 steps later", config)
     for rank in ranks_on("n2"):
         rank.send_signal(signal.SIGKILL)
     start_again_at_once(cluster, job, config, restarts=2)

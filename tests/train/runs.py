@@ -42,6 +42,14 @@ def metrics(config: RunConfig) -> dict[int, dict[str, float]]:
     return by_step
 
 
+def last_step(config: RunConfig) -> int:
+    """The last reported step of a run that may be writing just now; 0 before the first."""
+    try:
+        return max(metrics(config), default=0)
+    except json.JSONDecodeError:  # a line that is being written
+        return 0
+
+
 def weights(config: RunConfig) -> dict[str, torch.Tensor]:
     """fp32 weights of the newest checkpoint."""
     from star_dist.train.checkpoint import CheckpointFolder

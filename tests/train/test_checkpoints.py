@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,15 +12,16 @@ import torch
 from star_dist.config import CheckpointSection, RunConfig
 from star_dist.errors import UserError
 from star_dist.train.checkpoint import CheckpointFolder
+from star_dist.train.facts import read_events
 from star_dist.train.places import S3Place
 from tests.ranks import RankFailed, run_ranks
-from tests.train.runs import metrics, train_on, weights
+from tests.train.runs import metrics, train, train_on, weights
 
 MakeConfig = Callable[..., RunConfig]
 
 # Worst case over 2 -> 1, 1 -> 2, 2 -> 4 and 2 at stage 3 -> 1 at stage 1 after 4 steps of rate 1e-3, on a CPU.
-LOSS_TOLERANCE = 2e-6  # measured worst case 5e-7 in fp32
-WEIGHT_TOLERANCE = 2e-5  # measured worst case 2e-6 in fp32
+LOSS_TOLERANCE = 1e-6  # measured worst case 1.3e-7 in fp32
+WEIGHT_TOLERANCE = 1e-6  # measured worst case 1.5e-8 in fp32
 
 
 @pytest.mark.slow
@@ -47,6 +48,7 @@ def test_another_number_of_ranks_goes_on(
     worst_weight = max((found_weights[n] - w).abs().max().item() for n, w in expected_weights.items())
     print(f"{before} -> {after}, stage {stage}: loss {worst_loss:.1e}, weight {worst_weight:.1e}")
     assert sorted(found) == sorted(expected)
+    assert [event["step"] for event in read_events(Path(resumed.run_dir)) if event["event"] == "start"] == [0, 4]
     assert worst_loss < LOSS_TOLERANCE and worst_weight < WEIGHT_TOLERANCE
 
 
@@ -88,7 +90,7 @@ def damaged(folder: Path, how: str) -> str:
         for path in folder.iterdir():
             if path.name != "complete.json":
                 path.unlink()
-        return r"is missing, its marker says \d+"
+        return r"shard_00000\.safetensors is missing, its marker says \d+"
     (folder / "complete.json").write_text('{"step": 6}')
     return r"complete\.json is no marker of this version"
 
@@ -174,29 +176,31 @@ def test_checkpoints_on_s3(run_config: MakeConfig, tmp_path: Path, s3: str) -> N
     assert folder.complete_steps() == [] and "complete.json" in S3Place(s3).files("abandoned")
 
 
-def test_s3_out_of_reach_does_not_end_the_training(run_config: MakeConfig, s3: str, monkeypatch) -> None:
-    """Every upload fails: reported, and only the last one ends the run, with a message."""
-    config = run_config(train={"steps": 5}, checkpoint={"every": 2, "remote": s3})
+def test_s3_out_of_reach_does_not_end_the_training(run_config: MakeConfig, s3: str) -> None:
+    """The bucket goes away: reported at every save, and only the last one ends the run, with a message."""
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+    client.create_bucket(Bucket="short-lived")
+    config = run_config(train={"steps": 5}, checkpoint={"every": 2, "remote": "s3://short-lived"})
 
     def run() -> None:
-        from star_dist.train.places import S3Place
+        from star_dist.train.trainer import Trainer
 
-        def refuse(*_: object, **__: object) -> None:
-            from botocore.exceptions import EndpointConnectionError
+        plain = Trainer._train_from
 
-            raise EndpointConnectionError(endpoint_url="http://gone")
+        def train_from(trainer: Trainer, first_step: int) -> int:
+            client.delete_bucket(Bucket="short-lived")
+            return plain(trainer, first_step)
 
-        S3Place("s3://checkpoints")._client.__class__.upload_file = refuse
-        from star_dist.process import prepare_process_environment
-        from star_dist.train.run import train as train_run
+        Trainer._train_from = train_from
+        train(config)
 
-        train_run(config, prepare_process_environment(1))
-
-    with pytest.raises(RankFailed, match=r"UserError: the last checkpoint could not be written to s3://checkpoints"):
+    with pytest.raises(RankFailed, match=r"UserError: the last checkpoint could not be written to s3://short-lived"):
         run_ranks(run, 1)
     assert sorted(metrics(config)) == [1, 2, 3, 4, 5]
-    events = [json.loads(line) for line in (Path(config.run_dir) / "facts.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if event["event"] == "save_failed"] == [2, 4, 5]
+    failures = [event for event in read_events(Path(config.run_dir)) if event["event"] == "save_failed"]
+    assert [event["step"] for event in failures] == [2, 4, 5] and "NoSuchBucket" in failures[0]["reason"]
 
 
 def test_no_room_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

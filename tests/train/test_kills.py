@@ -1,0 +1,125 @@
+"""One training that is killed twenty times: ranks, launcher, data workers, at random moments."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from star_dist.config import RunConfig
+from star_dist.train.facts import read_events, summarize
+from tests.train.runs import last_step, metrics, train, train_on, weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NUM_KILLS = 20
+WORLD_SIZE = 2
+DEADLINE_S = 120
+UNNOTICED_S = 10
+
+
+class Launcher:
+    """A process that starts ranks and waits for them, as launchers do; forked, so that a start takes two seconds."""
+
+    def __init__(self, config: RunConfig) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pid = os.fork()
+        if pid == 0:
+            for rank in range(WORLD_SIZE):
+                if os.fork() == 0:
+                    self._rank(config, rank, port)  # does not return
+            for _ in range(WORLD_SIZE):
+                os.wait()
+            os._exit(0)
+        self.process = psutil.Process(pid)
+        self.ranks: list[psutil.Process] = []
+        deadline = time.monotonic() + DEADLINE_S
+        while len(self.ranks) < WORLD_SIZE and time.monotonic() < deadline:
+            self.ranks = self.process.children()
+
+    @staticmethod
+    def _rank(config: RunConfig, rank: int, port: int) -> None:
+        sizes = {"WORLD_SIZE": WORLD_SIZE, "LOCAL_WORLD_SIZE": WORLD_SIZE, "RANK": rank, "LOCAL_RANK": rank}
+        os.environ.update({name: str(value) for name, value in sizes.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 2)
+        with contextlib.suppress(BaseException):
+            train(config)
+        os._exit(0)
+
+    def kill_one(self, kind: str, choice: random.Random) -> None:
+        if kind == "launcher":
+            return self.process.kill()
+        victims = self.ranks
+        if kind == "data worker":
+            children = [child for rank in self.ranks for child in rank.children()]
+            victims = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+        choice.choice(victims or self.ranks).kill()
+        _, alive = psutil.wait_procs(self.ranks, timeout=UNNOTICED_S)
+        if alive:  # a worker that had nothing left to deliver
+            choice.choice(alive).kill()
+
+    def wait(self) -> None:
+        """Until no rank is left: nothing but their own reaction ends them."""
+        _, alive = psutil.wait_procs(self.ranks, timeout=DEADLINE_S)
+        for process in [*alive, self.process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.process.pid, 0)
+        assert not alive, "ranks went on without the process that was killed"
+
+
+def test_twenty_kills_change_nothing(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    sections = dict(train={"steps": 120}, checkpoint={"every": 2}, data={"num_workers": 1})
+    config = run_config(**sections)
+    choice = random.Random(0)
+    kinds = ["rank", "launcher", "data worker"]
+    for kill in range(NUM_KILLS):
+        before = last_step(config)
+        launcher = Launcher(config)
+        goal = before + choice.randint(1, 4)
+        deadline = time.monotonic() + DEADLINE_S
+        while last_step(config) < goal and time.monotonic() < deadline and launcher.ranks[0].is_running():
+            time.sleep(0.01)
+        time.sleep(choice.uniform(0, 0.1))
+        launcher.kill_one(kinds[kill % len(kinds)], choice)
+        launcher.wait()
+    killed_until = last_step(config)
+    found = train_on(config, WORLD_SIZE)
+    undisturbed = run_config(run_dir=str(tmp_path / "undisturbed"), **sections)
+    assert found == train_on(undisturbed, WORLD_SIZE)
+    expected = weights(undisturbed)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(config).items())
+    summary = summarize(Path(config.run_dir))
+    starts = [event["step"] for event in read_events(Path(config.run_dir)) if event["event"] == "start"]
+    assert len(summary.restarts) == NUM_KILLS and starts == sorted(starts), (
+        "each goes on where the one before had saved"
+    )
+    assert killed_until > starts[1] > 0
+    print(f"from {starts}; {summary.lost_steps} steps lost, goodput {summary.goodput:.2f}")
+
+
+def test_a_killed_launcher_lets_its_ranks_save(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config(train={"steps": 1000}, checkpoint={"every": 1000})
+    launcher = Launcher(config)
+    deadline = time.monotonic() + DEADLINE_S
+    while last_step(config) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    launcher.process.send_signal(signal.SIGKILL)
+    launcher.wait()
+    end = read_events(Path(config.run_dir))[-1]
+    assert end["reason"].startswith("death of the launcher") and end["exit_code"] == 75 and end["step"] >= 3
+    assert max(metrics(config)) == end["step"]
