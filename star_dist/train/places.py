@@ -6,7 +6,6 @@ A place holds folders of files. Both kinds offer the same few operations, and a 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-S3_SCHEME = "s3://"
+from star_dist.object_store import S3Store
 
 
 class Place(Protocol):
@@ -99,22 +98,18 @@ class S3Place:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self.bucket, _, self.prefix = self.url.removeprefix(S3_SCHEME).partition("/")
+        self._store = S3Store(url)
+        self.bucket = self._store.bucket
 
     def __str__(self) -> str:
-        return self.url
+        return self._store.url
 
-    @functools.cached_property
+    @property
     def _client(self) -> Any:
-        import boto3
-        from botocore.config import Config
-
-        endpoint = os.environ.get("S3_ENDPOINT_URL")  # the variable that mosaicml-streaming reads for the data
-        return boto3.client("s3", endpoint_url=endpoint, config=Config(retries={"max_attempts": 5, "mode": "standard"}))
+        return self._store.client
 
     def _key(self, *names: str) -> str:
-        return "/".join([*([self.prefix] if self.prefix else []), *names])
+        return self._store.prefix + "/".join(names)
 
     def _list(self, prefix: str, **options: Any) -> Iterator[dict[str, Any]]:
         with _as_os_error():

@@ -20,9 +20,9 @@ from torch.distributed import PrefixStore
 from star_dist.config import RunConfig
 from star_dist.environment import describe_environment
 from star_dist.errors import UserError
+from star_dist.object_store import S3_SCHEME
 from star_dist.process import ProcessInfo
 from star_dist.train.metrics import measured_matmul_flops
-from star_dist.train.places import S3_SCHEME
 
 ARRIVAL_TIMEOUT_S = 300
 SLOW_FRACTION = 0.7  # of the median rank's matrix product

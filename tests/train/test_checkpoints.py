@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from star_dist.train.checkpoint import CheckpointFolder
 from star_dist.train.facts import read_events
 from star_dist.train.places import S3Place
 from tests.ranks import RankFailed, run_ranks
+from tests.s3 import S3Bucket
 from tests.train.runs import metrics, train, train_on, weights
 
 MakeConfig = Callable[..., RunConfig]
@@ -126,36 +127,12 @@ def test_permanent_and_rolling_checkpoints(run_config: MakeConfig) -> None:
     assert CheckpointFolder(Path(config.run_dir)).complete_steps() == [6, 12, 14]
 
 
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    """A local S3 server."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty bucket, in the environment's S3."""
-    import boto3
-
-    monkeypatch.setenv("S3_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="checkpoints")
-    return "s3://checkpoints/runs/a"
-
-
-def test_checkpoints_on_s3(run_config: MakeConfig, tmp_path: Path, s3: str) -> None:
+def test_checkpoints_on_s3(run_config: MakeConfig, tmp_path: Path, s3: S3Bucket) -> None:
     """Saved, pruned, resumed on another number of ranks and exported from there; nothing in the run folder."""
     from star_dist.train.export_checkpoint import export_checkpoint
 
-    options = {"every": 3, "keep_last": 1, "remote": s3}
+    remote = f"{s3.url}/runs/a"
+    options = {"every": 3, "keep_last": 1, "remote": remote}
     config = run_config(train={"steps": 6}, checkpoint=options, optimizer={"schedule": "constant"})
     train_on(config, 2)
     assert not (Path(config.run_dir) / "checkpoints").exists()
@@ -171,12 +148,12 @@ def test_checkpoints_on_s3(run_config: MakeConfig, tmp_path: Path, s3: str) -> N
     back = run_config(train={"steps": 9}, checkpoint=options | {"resume_step": 9}, optimizer={"schedule": "constant"})
     with pytest.raises(UserError, match=r"has complete checkpoints \[9\]"):
         CheckpointFolder(Path(back.run_dir), back.checkpoint).find(6)
-    S3Place(s3).check_access()
-    S3Place(s3).rename("step_00000009", "abandoned")
-    assert folder.complete_steps() == [] and "complete.json" in S3Place(s3).files("abandoned")
+    S3Place(remote).check_access()
+    S3Place(remote).rename("step_00000009", "abandoned")
+    assert folder.complete_steps() == [] and "complete.json" in S3Place(remote).files("abandoned")
 
 
-def test_s3_out_of_reach_does_not_end_the_training(run_config: MakeConfig, s3: str) -> None:
+def test_s3_out_of_reach_does_not_end_the_training(run_config: MakeConfig, s3: S3Bucket) -> None:
     """The bucket goes away: reported at every save, and only the last one ends the run, with a message."""
     import boto3
 
