@@ -7,8 +7,10 @@ step, and all end with the same exit code. Signals may reach one rank or all of 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pathlib import Path
 from star_dist.cli import INTERRUPTED_EXIT, PREEMPTED_EXIT
 
 LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"}  # of torchrun and of deepspeed
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal for a process whose parent has died
 FILE_CHECK_S = 1.0  # a look at a shared file system costs time
 
 
@@ -54,16 +57,12 @@ class RequestListener:
     def listening(self) -> Iterator[None]:
         """Takes the signals over; a second one of a kind does what it always did, for people in a hurry.
 
-        Processes forked meanwhile (the loader's workers) leave them to this one.
+        Processes forked meanwhile (the loader's workers) leave them to this one, and die with it.
         """
         before = {number: signal.getsignal(number) for number in SIGNALS.values()}
-        owner = os.getpid()
+        _keep_children_out(os.getpid())
 
         def note(number: int, _: object) -> None:
-            if os.getpid() != owner:
-                if number == signal.SIGTERM:
-                    os._exit(128 + number)
-                return
             self._noted.add(signal.Signals(number).name)
             if number == signal.SIGINT:
                 signal.signal(number, before[number])
@@ -99,3 +98,23 @@ class RequestListener:
     def agreed(counts: list[float]) -> Request | None:
         """The request to act on, from the sums of `noted` over all ranks."""
         return next((request for request, count in zip(REQUESTS, counts) if count), None)
+
+
+def _keep_children_out(parent: int) -> None:
+    """Children of a process ignore what asks the training to end, and are killed as soon as it is gone.
+
+    A loader worker whose rank was killed would wait for it inside streaming's shared memory for ever, and count as
+    one of the next start's workers there.
+    """
+    libc = ctypes.CDLL(None)
+
+    def in_child() -> None:
+        if os.getppid() != parent:
+            return
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if sys.platform == "linux":
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    os.register_at_fork(after_in_child=in_child)

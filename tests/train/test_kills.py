@@ -54,6 +54,7 @@ class Launcher:
             os._exit(0)
         self.process = psutil.Process(pid)
         self.ranks: list[psutil.Process] = []
+        self.workers: list[psutil.Process] = []
         deadline = time.monotonic() + DEADLINE_S
         while len(self.ranks) < WORLD_SIZE and time.monotonic() < deadline:
             self.ranks = self.process.children()
@@ -72,11 +73,13 @@ class Launcher:
         os._exit(0)
 
     def kill_one(self, kind: str, choice: random.Random) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.workers = [child for rank in self.ranks for child in rank.children() if is_loader_worker(child)]
         if kind == "launcher":
             return self.process.kill()
         victims = self.ranks
         if kind == "data worker":
-            victims = [child for rank in self.ranks for child in rank.children() if is_loader_worker(child)]
+            victims = self.workers
         choice.choice(victims or self.ranks).kill()
         _, alive = psutil.wait_procs(self.ranks, timeout=UNNOTICED_S)
         if alive:  # a worker that had nothing left to deliver
@@ -84,13 +87,13 @@ class Launcher:
 
     def wait(self) -> None:
         """Until no rank is left: nothing but their own reaction ends them."""
-        _, alive = psutil.wait_procs(self.ranks, timeout=DEADLINE_S)
+        _, alive = psutil.wait_procs([*self.ranks, *self.workers], timeout=DEADLINE_S)
         for process in [*alive, self.process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.process.pid, 0)
-        assert not alive, "ranks went on without the process that was killed"
+        assert not alive, "ranks or loader workers went on without the process that was killed"
 
 
 def test_twenty_kills_change_nothing(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
