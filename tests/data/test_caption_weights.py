@@ -19,7 +19,8 @@ def streamed(config: RunConfig, first_step: int, steps: int, world_size: int) ->
     def one_rank() -> dict[tuple[int, int], str]:
         import torch.distributed
 
-        from star_dist.data.dataset import TrainBatches, fetch_metadata
+        from star_dist.data.batches import TrainBatches
+        from star_dist.data.fetch import fetch_metadata
         from star_dist.process import prepare_process_environment
 
         process = prepare_process_environment()
