@@ -28,6 +28,20 @@ def read_json_object(path: Path, absent: str) -> dict[str, Any]:
     return values
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, oldest first; none where there is no file.
+
+    A line that a kill cut short is left out.
+    """
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Replaces a file as a whole: whoever reads it, or kills this, finds the old text or the new one."""
     partial = path.with_name(f"{path.name}.partial")

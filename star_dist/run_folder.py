@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from star_dist.errors import UserError
-from star_dist.files import try_lock, write_text_atomically
+from star_dist.files import read_json_lines, try_lock, write_text_atomically
 
 LOCK_FILE = "lock"
 METRICS_FILE = "metrics.jsonl"
@@ -41,16 +41,9 @@ def claim_run_folder(run_dir: Path) -> IO[str] | None:
 def keep_metrics_up_to(step: int, run_dir: Path) -> None:
     """Removes the reports of later steps: trained after the checkpoint that a run goes on from, they come again."""
     path = run_dir / METRICS_FILE
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue  # the line that a kill cut short
-    write_text_atomically(path, "".join(kept))
+    if path.is_file():
+        kept = [json.dumps(report) + "\n" for report in read_json_lines(path) if report["step"] <= step]
+        write_text_atomically(path, "".join(kept))
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +158,20 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Bucket:
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     s3_server.client().create_bucket(Bucket=bucket)
     return S3Bucket(s3_server, bucket)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def stored(request: pytest.FixtureRequest) -> Callable[[Path], str]:
+    """Where a folder's files can be read: the folder itself, or a copy of it on S3."""
+    if request.param == "folder":
+        return str
+
+    def upload(folder: Path) -> str:
+        bucket: S3Bucket = request.getfixturevalue("s3")
+        bucket.upload(folder, "set/")
+        return f"{bucket.url}/set"
+
+    return upload
 
 
 def _free_ports(count: int) -> list[int]:

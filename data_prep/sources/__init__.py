@@ -116,6 +116,17 @@ class SourceBase:
                 scores[name] = float(fields[name]) if name in fields else math.nan
         return Description(captions, {name: score for name, score in scores.items() if not math.isnan(score)})
 
+    def units_ending(self, suffix: str) -> list[str]:
+        """Names of the store's objects of one kind, sorted.
+
+        Raises:
+            UserError: there are none.
+        """
+        units = sorted(entry.name for entry in self.store.list() if entry.name.endswith(suffix))
+        if not units:
+            raise UserError(f"no {suffix} files at {self.options.path}; change source.path")
+        return units
+
     def recaption_stores(self) -> dict[str, ObjectStore]:
         """Where each re-captioning's files are, by the name of the caption."""
         return {name: self._open_store(url) for name, url in self.options.recaptions.items()}

@@ -43,9 +43,7 @@ class Source(SourceBase):
             import pyarrow.parquet  # noqa: F401
         except ImportError:
             raise UserError("pyarrow is not installed, which Parquet needs: pip install -e '.[prep]'") from None
-        self.units = sorted(entry.name for entry in self.store.list() if entry.name.endswith(".parquet"))
-        if not self.units:
-            raise UserError(f"no .parquet files at {options.path}; change source.path")
+        self.units = self.units_ending(".parquet")
         self._recaption_stores = self.recaption_stores()
 
     def open(self, unit: str) -> _ParquetFile:

@@ -34,9 +34,7 @@ class Source(SourceBase):
 
     def __init__(self, options: SourceOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
         super().__init__(options, storage, score_names)
-        self.units = sorted(entry.name for entry in self.store.list() if entry.name.endswith(".tar"))
-        if not self.units:
-            raise UserError(f"no .tar files at {options.path}; change source.path")
+        self.units = self.units_ending(".tar")
         self._recaption_stores = self.recaption_stores()
 
     def open(self, unit: str) -> _Tar:

@@ -63,6 +63,11 @@ class DataSource(Section):
     local: str
     weight: float = Field(gt=0)
 
+    @property
+    def place(self) -> str:
+        """Where the samples come from, for messages."""
+        return self.remote or self.local
+
 
 class DataSection(Section):
     """MDS shards. `remote` is where they live (a folder or `s3://`), `local` the cache; a local data set has no remote.
@@ -116,7 +121,7 @@ class DataSection(Section):
     @property
     def place(self) -> str:
         """Where the samples come from, for messages."""
-        return ", ".join(source.remote or source.local for source in self.all_sources)
+        return ", ".join(source.place for source in self.all_sources)
 
 
 class TrainSection(Section):

@@ -7,8 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from star_dist.config import DataSection, DataSource
-from star_dist.data.schema import EMPTY_CAPTION_FILE, METADATA_FILE, DatasetMetadata, read_metadata
+from star_dist.config import DataSection, DataSource, RunConfig
+from star_dist.data.schema import EMPTY_CAPTION_FILE, METADATA_FILE, DatasetMetadata, check_matches, read_metadata
 from star_dist.data.streams import apply_s3_settings
 from star_dist.errors import UserError
 from star_dist.object_store import open_store
@@ -24,6 +24,18 @@ def fetch_metadata(data: DataSection) -> list[DatasetMetadata]:
     """
     apply_s3_settings(data)
     return [_fetch_metadata(data, source) for source in data.all_sources]
+
+
+def fetch_matching_metadata(config: RunConfig, tokenizer_hash: str) -> list[DatasetMetadata]:
+    """`fetch_metadata` of a run's data sets, each checked against the run.
+
+    Raises:
+        UserError: one cannot be read, or was made for another run (`schema.check_matches`).
+    """
+    metadata = fetch_metadata(config.data)
+    for source, found in zip(config.data.all_sources, metadata):
+        check_matches(found, config, tokenizer_hash, source.place)
+    return metadata
 
 
 def _fetch_metadata(data: DataSection, source: DataSource) -> DatasetMetadata:

@@ -15,6 +15,7 @@ from star_dist.config import DataSection
 from star_dist.data.schema import SHARD_HASH
 from star_dist.errors import UserError
 from star_dist.files import try_lock
+from star_dist.object_store import ENDPOINT_VARIABLE
 
 FIRST_PAUSE_S = 0.5  # before a shard with the wrong bytes is fetched again; doubles each time
 CACHE_LOCK_FILE = "star_dist.lock"
@@ -111,6 +112,6 @@ def apply_s3_settings(data: DataSection) -> None:
     Keys come from the ordinary AWS chain (environment, ~/.aws, instance role) and never from a config.
     """
     if data.s3_endpoint_url is not None:
-        os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL_S3"] = data.s3_endpoint_url
+        os.environ[ENDPOINT_VARIABLE] = os.environ["AWS_ENDPOINT_URL_S3"] = data.s3_endpoint_url
     if data.s3_region is not None:
         os.environ["AWS_DEFAULT_REGION"] = data.s3_region

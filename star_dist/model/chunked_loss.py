@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_TOKENS = 2048
+from star_dist.model.size import LOSS_CHUNK_TOKENS
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -48,4 +48,4 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(tokens: int) -> list[slice]:
-    return [slice(start, start + CHUNK_TOKENS) for start in range(0, tokens, CHUNK_TOKENS)]
+    return [slice(start, start + LOSS_CHUNK_TOKENS) for start in range(0, tokens, LOSS_CHUNK_TOKENS)]

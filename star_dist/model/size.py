@@ -9,7 +9,7 @@ from star_dist.model.config import StarConfig
 from star_dist.scales import ScaleSchedule
 
 FLOAT32_BYTES = 4
-LOSS_CHUNK_TOKENS = 2048  # chunked_loss.CHUNK_TOKENS
+LOSS_CHUNK_TOKENS = 2048  # that chunked_loss.py works on at a time
 
 # What one block keeps for its backward pass, in tensors of T x D of the activations' precision, checked against
 # measured peaks. Self-attention: LayerNorm's input and output, 3 of queries, keys and values, 2 of them normalised,

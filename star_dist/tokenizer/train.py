@@ -1,14 +1,7 @@
 """Training of the multi-scale VQ-VAE: `launcher/train_tokenizer.py`.
 
 Every draw is a function of (seed, step, sample), so a run that was killed goes on from its last checkpoint as if
-nothing had happened. The run folder is the tokenizer's folder:
-
-    training.json         the resolved configuration
-    metrics.jsonl         one line per report
-    reconstructions.png   pictures over what the tokenizer makes of them
-    unreadable.jsonl      pictures that were skipped, with the reason
-    checkpoint.pt         where a resumed run goes on
-    config.json, model.safetensors    the finished tokenizer (`star_dist.tokenizer.io`)
+nothing had happened. The run folder becomes the tokenizer's folder (`run_files.py`).
 
 Shapes: B this rank's pictures of a step, C code dimension, V codebook size, S scales, H latent side.
 """
@@ -17,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -28,21 +19,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from star_dist.config import TokenizerTrainConfig, dump_config
-from star_dist.data.pictures import normalize, to_pil
+from star_dist.data.pictures import normalize
 from star_dist.errors import UserError
-from star_dist.files import read_json_object, write_text_atomically
+from star_dist.files import write_text_atomically
 from star_dist.learning_rate import learning_rate_fraction
 from star_dist.process import ProcessInfo
 from star_dist.run_folder import (
     METRICS_FILE,
     claim_run_folder,
-    differences,
     keep_metrics_up_to,
 )
 from star_dist.tokenizer.batches import Batch, ReadablePictures, StepBatches, find_pictures, fingerprint
@@ -57,27 +45,21 @@ from star_dist.tokenizer.losses import (
     quantize_for_training,
 )
 from star_dist.tokenizer.optim import build_optimizers, initialize
+from star_dist.tokenizer.ranks import Ranks
+from star_dist.tokenizer.reconstructions import draw_reconstructions, psnr
+from star_dist.tokenizer.run_files import (
+    CHECKPOINT_FILE,
+    PICTURE_FILE,
+    TRAINING_FILE,
+    UNREADABLE_FILE,
+    check_same_run,
+    read_checkpoint,
+    write_checkpoint,
+)
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
-
-TRAINING_FILE = "training.json"
-PICTURE_FILE = "reconstructions.png"
-UNREADABLE_FILE = "unreadable.jsonl"
-CHECKPOINT_FILE = "checkpoint.pt"
-
-# Options that a resumed run may change: they decide what is written and how fast, never what is learned.
-FREE_OPTIONS = {
-    "run_dir",
-    "data.num_workers",
-    "data.keep_in_memory",
-    "checkpoint_every",
-    "log_every",
-    "sample_pictures",
-    "omp_threads",
-}
 
 # Moving codes stops here, so that the decoder can settle on the codebook that it will be used with.
 LAST_RESTART_FRACTION = 0.7
-PICTURES_PER_ROW = 16
 
 
 def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
@@ -91,7 +73,7 @@ def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
     """
     run_dir = Path(config.run_dir)
     lock = claim_run_folder(run_dir) if process.rank == 0 else None
-    _check_same_run(run_dir, config)
+    check_same_run(run_dir, config)
     if (run_dir / CONFIG_FILE).is_file():
         if process.rank == 0:
             print(f"{run_dir} holds this tokenizer already, trained for {config.steps} steps; nothing to do")
@@ -143,6 +125,7 @@ class TokenizerTraining:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
+        self.ranks = Ranks(process.world_size, self.device)
         folder = Path(config.data.pictures)
         paths = find_pictures(folder)
         self.fingerprint = fingerprint(paths, folder)
@@ -154,7 +137,7 @@ class TokenizerTraining:
         self.model = MultiScaleVQVAE(config.tokenizer)
         initialize(self.model, config)
         self.model.to(self.device, memory_format=torch.channels_last)  # 1.7 times faster convolutions on a CPU
-        self.autoencoder = self._parallel(Autoencoder(self.model, config))
+        self.autoencoder = self.ranks.parallel(Autoencoder(self.model, config))
         self.optimizers = build_optimizers(self.model, config)
         self.perceptual = None
         if config.loss.perceptual:
@@ -162,7 +145,7 @@ class TokenizerTraining:
         self.discriminator = None
         if config.loss.adversarial:
             self.discriminator = PatchDiscriminator().to(self.device)
-            self.parallel_discriminator = self._parallel(self.discriminator)
+            self.parallel_discriminator = self.ranks.parallel(self.discriminator)
             self.discriminator_optimizer = torch.optim.AdamW(
                 self.discriminator.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=0.0
             )
@@ -240,7 +223,7 @@ class TokenizerTraining:
         if judged:
             values["loss/discriminator"] = self._train_discriminator(pictures, reconstruction.detach(), rate_fraction)
 
-        hits_SV = self._sum_over_ranks(hits_SV)
+        hits_SV = self.ranks.sum(hits_SV)
         self.model.quantize.ema_vocab_hit_SV.lerp_(hits_SV, 1 - HITS_DECAY)
         every = config.restart_codes_every
         if every and (step + 1) % every == 0 and step < LAST_RESTART_FRACTION * config.steps:
@@ -269,7 +252,7 @@ class TokenizerTraining:
         self.discriminator.requires_grad_(True)
         last_weight = self.model.decoder.conv_out.weight
         weight = adversarial_weight(
-            reconstruction_loss, values["loss/adversarial"], last_weight, mean_over_ranks=self._mean_over_ranks
+            reconstruction_loss, values["loss/adversarial"], last_weight, mean_over_ranks=self.ranks.mean
         )
         return self.config.loss.adversarial * weight * values["loss/adversarial"]
 
@@ -287,46 +270,19 @@ class TokenizerTraining:
         """Moves codes that nobody uses onto residuals of this step's pictures, alike on all ranks; returns how many."""
         quantizer = self.model.quantize
         unused = unused_codes(quantizer)
-        cells_NC = self._gather_over_ranks(residual_cells(quantizer, latent_BCHH, self.config.schedule))
+        cells_NC = self.ranks.gather(residual_cells(quantizer, latent_BCHH, self.config.schedule))
         draws = np.random.default_rng((self.config.seed, 2, step))
         move_codes(quantizer.embedding.weight, unused, cells_NC, draws, [optimizer for optimizer, _ in self.optimizers])
         return len(unused)
-
-    # ---------------------------------------------------------------------------------------------- all ranks
-
-    def _parallel(self, module: nn.Module) -> nn.Module:
-        if self.process.world_size == 1:
-            return module
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices)
-
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        if self.process.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def _mean_over_ranks(self, tensor: Tensor) -> Tensor:
-        return self._sum_over_ranks(tensor) / self.process.world_size
-
-    def _gather_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Tensors of all ranks, one after the other along the first dimension."""
-        if self.process.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.process.world_size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
 
     # ------------------------------------------------------------------------------------------------ records
 
     def _report(self, step: int, values: dict[str, Tensor | float], bar: tqdm) -> None:
         """Writes one line of metrics, averaged over ranks, and the pictures that were skipped since the last one."""
         names = [name for name, value in values.items() if isinstance(value, Tensor)]
-        means = self._mean_over_ranks(torch.stack([values[name].detach().float() for name in names])).tolist()
+        means = self.ranks.mean(torch.stack([values[name].detach().float() for name in names])).tolist()
         line: dict[str, float] = {**values, **dict(zip(names, means))}
-        skipped = [self.unreadable]
-        if self.process.world_size > 1:
-            skipped = [{}] * self.process.world_size
-            dist.all_gather_object(skipped, self.unreadable)
+        skipped = self.ranks.gather_objects(self.unreadable)
         if self.process.rank != 0:
             return
         for part in skipped:
@@ -346,7 +302,6 @@ class TokenizerTraining:
         write_text_atomically(self.run_dir / TRAINING_FILE, dump_config(self.config) + "\n")
         keep_metrics_up_to(self.first_step, self.run_dir)
 
-    @torch.no_grad()
     def _draw_reconstructions(self) -> float | None:
         """Draws pictures over their reconstructions; returns their PSNR, or None where the configuration wants none."""
         count = min(self.config.sample_pictures, len(self.pictures))
@@ -354,16 +309,9 @@ class TokenizerTraining:
             return None
         chosen = [self.pictures.read(i * len(self.pictures) // count, {}) for i in range(count)]
         originals = normalize(torch.stack(chosen)).to(self.device)
-        tokens_BL = self.model.encode(originals, self.config.schedule)
-        reconstructions = self.model.decode(tokens_BL, self.config.schedule)
-        side = self.config.resolution
-        columns = min(count, PICTURES_PER_ROW)
-        sheet = Image.new("RGB", (columns * side, 2 * side * math.ceil(count / columns)), "white")
-        for i, pair in enumerate(zip(to_pil(originals), to_pil(reconstructions))):
-            for j, image in enumerate(pair):
-                sheet.paste(image, (i % columns * side, (2 * (i // columns) + j) * side))
+        sheet, quality = draw_reconstructions(self.model, originals, self.config.schedule)
         sheet.save(self.run_dir / PICTURE_FILE)
-        return psnr(F.mse_loss(reconstructions, originals).item())
+        return quality
 
     def _finish(self) -> None:
         quality = self._draw_reconstructions()
@@ -391,13 +339,7 @@ class TokenizerTraining:
         if self.discriminator is not None:
             state["discriminator"] = self.discriminator.state_dict()
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
-        path = self.run_dir / CHECKPOINT_FILE
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_checkpoint(self.run_dir, state)
 
     def _load_checkpoint(self) -> int:
         """Takes up the checkpoint of the run folder; returns the step to go on with, 0 without one.
@@ -405,15 +347,11 @@ class TokenizerTraining:
         Raises:
             UserError: the checkpoint is damaged, or the folder of pictures has changed since.
         """
-        path = self.run_dir / CHECKPOINT_FILE
-        if not path.is_file():
+        state = read_checkpoint(self.run_dir, self.device)
+        if state is None:
             return 0
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is damaged ({reason}); remove it to start anew") from None
         if state["pictures"] != self.fingerprint:
+            path = self.run_dir / CHECKPOINT_FILE
             raise UserError(
                 f"{self.config.data.pictures} does not hold the same pictures as when {path} was written; "
                 f"put them back, or change run_dir to start anew"
@@ -430,29 +368,6 @@ class TokenizerTraining:
         return state["step"]
 
 
-def psnr(mean_squared_error: float) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
-    return 10 * math.log10(4 / max(mean_squared_error, 1e-12))
-
-
 def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def _check_same_run(run_dir: Path, config: TokenizerTrainConfig) -> None:
-    """Compares with the configuration that a run folder was begun with.
-
-    Raises:
-        UserError: naming the first option that differs, with both values.
-    """
-    if not any((run_dir / name).is_file() for name in (CONFIG_FILE, CHECKPOINT_FILE)):
-        return
-    absent = f"{run_dir} holds a tokenizer but no {TRAINING_FILE}; change run_dir"
-    begun_with = read_json_object(run_dir / TRAINING_FILE, absent)
-    for key, before, now in differences(begun_with, json.loads(dump_config(config))):
-        if key not in FREE_OPTIONS:
-            raise UserError(
-                f"{run_dir} was begun with {key} {before}, this configuration has {now}; "
-                f"change it back, or change run_dir to start anew"
-            )

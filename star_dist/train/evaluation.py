@@ -9,8 +9,7 @@ from tqdm import tqdm
 
 from star_dist.config import RunConfig
 from star_dist.data.batches import HeldOutBatches
-from star_dist.data.fetch import fetch_metadata
-from star_dist.data.schema import check_matches
+from star_dist.data.fetch import fetch_matching_metadata
 from star_dist.errors import UserError
 from star_dist.export import load_export_tokenizer, load_model
 from star_dist.model.layout import PackedLayout
@@ -37,9 +36,7 @@ def evaluate(folder: Path, config: RunConfig, step: int | None) -> dict[str, flo
     if model.config != config.star_config():
         raise UserError(f"{folder} holds {model.config}, the config describes {config.star_config()}")
     model, tokenizer = model.to(device).eval(), tokenizer.to(device)
-    metadata = fetch_metadata(config.data)
-    for source, found in zip(config.data.all_sources, metadata):
-        check_matches(found, config, tokenizer_hash(tokenizer), source.remote or source.local)
+    metadata = fetch_matching_metadata(config, tokenizer_hash(tokenizer))
     held_out = HeldOutBatches(config, metadata, rank=0, world_size=1)
     encoder = None if config.data.text_features else TextEncoder(config.text, device)
     schedule = config.schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from star_dist.config import RunConfig, load_config
 from star_dist.data.schema import METADATA_FILE, read_metadata
 from star_dist.errors import UserError
 from star_dist.export import ExportConfig, check_replaceable, write_inference_folder
+from star_dist.files import read_json_lines
 from star_dist.model.star import STAR
 from star_dist.model_card import ModelFacts
 from star_dist.public_layout import check_weights
@@ -100,11 +101,7 @@ def _read_environment(path: Path) -> dict[str, str | None]:
 def _last_metrics(path: Path, step: int) -> dict[str, float]:
     """The last value of each of `CARD_METRICS` up to a step."""
     metrics: dict[str, float] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            report: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a kill cut short
+    for report in read_json_lines(path):
         if report["step"] <= step:
             metrics |= {name: report[name] for name in CARD_METRICS if report.get(name) is not None}
     return metrics

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from star_dist.errors import RunEnded
-from star_dist.files import write_text_atomically
+from star_dist.files import read_json_lines, write_text_atomically
 from star_dist.run_folder import METRICS_FILE
 
 FACTS_FILE = "facts.jsonl"
@@ -113,12 +113,12 @@ def append_event(run_dir: Path, event: str, **values: Any) -> None:
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events, oldest first."""
-    return _read_lines(run_dir / FACTS_FILE)
+    return read_json_lines(run_dir / FACTS_FILE)
 
 
 def read_reports(run_dir: Path) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl, oldest first."""
-    return _read_lines(run_dir / METRICS_FILE)
+    return read_json_lines(run_dir / METRICS_FILE)
 
 
 def heartbeat(run_dir: Path) -> dict[str, Any] | None:
@@ -215,13 +215,3 @@ def _last_train_s(attempt: list[dict[str, Any]], beat: dict[str, Any] | None) ->
     if beat is not None and beat["time"] >= attempt[0]["time"]:
         known.append(beat["train_s"])
     return max(known, default=0.0)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # the line that a kill cut short
-    return lines

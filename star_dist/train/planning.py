@@ -11,9 +11,8 @@ from typing import Any
 
 from star_dist.config import RunConfig
 from star_dist.model.flops import training_flops
-from star_dist.model.size import activation_bytes, parameter_count
+from star_dist.model.size import FLOAT32_BYTES, activation_bytes, parameter_count
 
-FLOAT32_BYTES = 4
 # DeepSpeed 0.19's defaults, in elements (https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training)
 DEFAULT_BUCKETS = {"reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 5e7}
 USABLE_MEMORY = 0.92  # the rest goes to the CUDA context, NCCL and fragmentation

@@ -155,14 +155,12 @@ def _check_node(config: RunConfig, process: ProcessInfo, free_bytes: int) -> lis
         if url is not None and url.startswith(S3_SCHEME):
             problems += _check_s3(name, url)
     try:
-        from star_dist.data.fetch import fetch_metadata
-        from star_dist.data.schema import check_matches
+        from star_dist.data.fetch import fetch_matching_metadata
         from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
 
         config.accumulation_steps(process.world_size)
         tokenizer = load_tokenizer(Path(config.tokenizer.path))
-        for source, metadata in zip(config.data.all_sources, fetch_metadata(config.data)):
-            check_matches(metadata, config, tokenizer_hash(tokenizer), source.remote or source.local)
+        fetch_matching_metadata(config, tokenizer_hash(tokenizer))
     except UserError as error:
         problems.append(str(error))
     return problems

@@ -27,8 +27,7 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     changes = check_same_run(checkpoint, config) if checkpoint is not None else []
     _check_nodes(config, process)
 
-    from star_dist.data.fetch import fetch_metadata
-    from star_dist.data.schema import check_matches
+    from star_dist.data.fetch import fetch_matching_metadata
     from star_dist.data.shared_memory import remove_segments_of_dead_jobs
     from star_dist.data.streams import claim_caches
     from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
@@ -42,9 +41,7 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     if process.local_rank == 0:  # before the ranks meet: all must find the same numbers of shared memory taken
         caches = claim_caches(config.data)
         remove_segments_of_dead_jobs()
-    metadata = fetch_metadata(config.data)
-    for source, found in zip(config.data.all_sources, metadata):
-        check_matches(found, config, tokenizer_hash(tokenizer), source.remote or source.local)
+    metadata = fetch_matching_metadata(config, tokenizer_hash(tokenizer))
     weights = None
     if config.train.init_from is not None and checkpoint is None and (process.rank == 0 or config.train.zero_stage < 3):
         from star_dist.export import initial_weights_from

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from star_dist.errors import UserError
+from star_dist.model.size import FLOAT32_BYTES
 from star_dist.run_folder import differences
 from star_dist.train.checkpoint import Checkpoint
-from star_dist.train.shards import BYTES_FP32, KINDS, Piece, Scalars, ShardReader
+from star_dist.train.shards import KINDS, Piece, Scalars, ShardReader
 
 
 class ShardedState:
@@ -48,7 +49,7 @@ class ShardedState:
     @property
     def size_bytes(self) -> int:
         """Size of a checkpoint, over all ranks."""
-        return sum(math.prod(shape) for shape in self.shapes.values()) * len(KINDS) * BYTES_FP32
+        return sum(math.prod(shape) for shape in self.shapes.values()) * len(KINDS) * FLOAT32_BYTES
 
     def _owned(self) -> Iterator[tuple[Piece, Tensor, int]]:
         """This rank's pieces, each with the flat fp32 tensor of the optimizer that holds it, and its offset there."""

@@ -27,7 +27,6 @@ from star_dist.train.places import Place
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 FORMAT = 1
-BYTES_FP32 = 4
 
 
 @dataclass(frozen=True)

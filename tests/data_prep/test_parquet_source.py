@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -10,7 +11,6 @@ import pytest
 
 from data_prep.sources import open_source
 from star_dist.errors import UserError
-from tests.s3 import S3Bucket
 
 PICTURES = [
     {"bytes": b"picture 0", "path": "0.png"},
@@ -38,15 +38,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("on_s3", [False, True])
-def test_rows_of_files(folder: Path, on_s3: bool, request: pytest.FixtureRequest) -> None:
-    path = str(folder)
-    if on_s3:
-        bucket: S3Bucket = request.getfixturevalue("s3")
-        bucket.upload(folder, "set/")
-        path = f"{bucket.url}/set"
+def test_rows_of_files(folder: Path, stored: Callable[[Path], str]) -> None:
     source = open_source(
-        {"kind": "parquet", "path": path, "captions": {"original": "text"}}, score_names=("aesthetic",)
+        {"kind": "parquet", "path": stored(folder), "captions": {"original": "text"}}, score_names=("aesthetic",)
     )
     assert source.units == ["data/train-0.parquet", "data/train-1.parquet"]
     unit = source.open(source.units[0])

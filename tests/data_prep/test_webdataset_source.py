@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ import pytest
 from data_prep.recaptions import caption_line
 from data_prep.sources import SourceBase, open_source
 from star_dist.errors import UserError
-from tests.s3 import S3Bucket
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -53,15 +53,9 @@ def tars(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("on_s3", [False, True])
-def test_samples_of_tars(tars: Path, on_s3: bool, request: pytest.FixtureRequest) -> None:
-    path = str(tars)
-    if on_s3:
-        bucket: S3Bucket = request.getfixturevalue("s3")
-        bucket.upload(tars, "tars/")
-        path = f"{bucket.url}/tars"
+def test_samples_of_tars(tars: Path, stored: Callable[[Path], str]) -> None:
     captions = {"original": "caption", "detailed": "long"}
-    source = open_source({"kind": "webdataset", "path": path, "captions": captions}, score_names=("aesthetic",))
+    source = open_source({"kind": "webdataset", "path": stored(tars), "captions": captions}, score_names=("aesthetic",))
     assert source.units == ["00000.tar", "00001.tar"]
     assert described(source) == {
         "00000.tar/000000000": ({"original": "text wins"}, {"aesthetic": 5.5}, None),

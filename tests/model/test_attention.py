@@ -358,7 +358,8 @@ def test_attention_never_makes_the_host_wait() -> None:
     forward_and_backward(kernel, layout, inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        forward_and_backward(kernel, layout, inputs)
-        PackedAttention(layout, kernel, device).attend_text(0, inputs[0], lambda: (inputs[1][:8], inputs[2][:8]))
+        results = forward_and_backward(kernel, layout, inputs)
+        text = PackedAttention(layout, kernel, device).attend_text(0, inputs[0], lambda: (inputs[1][:8], inputs[2][:8]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(x.isfinite().all() for x in (*results, text))

@@ -22,7 +22,7 @@ def problem() -> tuple[torch.Tensor, ...]:
 def test_losses_hits_and_gradients_are_those_of_cross_entropy(
     problem: tuple[torch.Tensor, ...], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(chunked_loss, "LOSS_CHUNK_TOKENS", chunk)
     *leaves, targets = problem
     gradient = torch.linspace(-1, 2, 11, dtype=torch.float64)
     found_leaves, wanted_leaves = ([leaf.clone().requires_grad_() for leaf in leaves] for _ in range(2))
@@ -48,7 +48,7 @@ def test_bf16_weights_get_bf16_gradients(problem: tuple[torch.Tensor, ...]) -> N
 def test_no_logits_of_the_whole_batch_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.model.test_attention import CountBytes
 
-    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(chunked_loss, "LOSS_CHUNK_TOKENS", 16)
     x = torch.randn(256, 4, requires_grad=True)
     weight, bias = torch.randn(64, 4, requires_grad=True), torch.randn(64, requires_grad=True)
     with CountBytes() as count:

@@ -58,7 +58,7 @@ def test_activation_memory_is_within_a_tenth_of_the_measured_peak(
 
 
 def test_the_loss_chunk_is_the_one_that_is_used() -> None:
-    assert size.LOSS_CHUNK_TOKENS == chunked_loss.CHUNK_TOKENS
+    assert size.LOSS_CHUNK_TOKENS == chunked_loss.LOSS_CHUNK_TOKENS
 
 
 def config(name: str, *overrides: str) -> RunConfig:

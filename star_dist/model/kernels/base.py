@@ -6,6 +6,7 @@ the softmax scale is 1 (golden/README.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,3 +37,8 @@ class Kernel(Protocol):
     def cross(self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: Any) -> Tensor:
         """Attention of every image token to the text of its own sample; (T, H, d)."""
         ...
+
+
+def join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenation that copies nothing where there is nothing to join."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from star_dist.model.kernels.base import SOFTMAX_SCALE, KernelUnavailable
+from star_dist.model.kernels.base import SOFTMAX_SCALE, KernelUnavailable, join
 from star_dist.model.kernels.sdpa import SdpaKernel
 from star_dist.model.layout import PackedLayout
 from star_dist.scales import ScaleSchedule
@@ -49,7 +49,7 @@ class FlexKernel(SdpaKernel):
             mask = scale_block_mask(run.schedule, query.device)
             mixed = _compiled(query, key, value, block_mask=mask, scale=SOFTMAX_SCALE)
             outputs.append(mixed.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return join(outputs)
 
 
 @lru_cache(maxsize=16)

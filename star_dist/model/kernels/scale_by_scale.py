@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from star_dist.model.kernels.base import join
 from star_dist.model.layout import PackedLayout, copy_to_device
 from star_dist.scales import ScaleSchedule
 
@@ -57,7 +58,7 @@ def attend_scale_by_scale(
         for leading, queries, keys, values in parts
     ]
     if any(leading for leading, *_ in parts):
-        query = _cat([queries[0].flatten(0, 1) for _, queries, _, _ in parts])
+        query = join([queries[0].flatten(0, 1) for _, queries, _, _ in parts])
         key = [keys[:leading] for leading, _, keys, _ in parts]
         value = [values[:leading] for leading, _, _, values in parts]
         offsets = gathered_offsets(layout.schedules, gathered_tokens, query.device)
@@ -65,7 +66,7 @@ def attend_scale_by_scale(
         sizes = [queries[0].shape[:2].numel() for _, queries, _, _ in parts]
         for output, (_, queries, _, _), part in zip(outputs, parts, mixed.split(sizes)):
             output.insert(0, part.unflatten(0, queries[0].shape[:2]))
-    return _cat([_cat(output, dim=1).flatten(0, 1) for output in outputs])
+    return join([join(output, dim=1).flatten(0, 1) for output in outputs])
 
 
 def _attend_gathered(
@@ -91,7 +92,7 @@ def _attend_gathered(
 
 def gather(prefixes: Prefixes) -> Tensor:
     """The prefixes of all runs as one packed tensor, sample by sample and scale by scale; (sum of B * G, H, d)."""
-    return _cat([torch.cat(list(of_run), dim=1).flatten(0, 1) for of_run in prefixes if of_run])
+    return join([torch.cat(list(of_run), dim=1).flatten(0, 1) for of_run in prefixes if of_run])
 
 
 def _detached(prefixes: Prefixes) -> Prefixes:
@@ -133,8 +134,3 @@ class ScalePrefixes(torch.autograd.Function):
         for end, gradient in zip(ctx.ends[:-1], gradients[:-1]):
             total[:, :end] += gradient
         return total.to(ctx.dtype), None
-
-
-def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Concatenation that copies nothing where there is nothing to join."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star_dist.model.kernels.base import SOFTMAX_SCALE
+from star_dist.model.kernels.base import SOFTMAX_SCALE, join
 from star_dist.model.kernels.scale_by_scale import attend_scale_by_scale
 from star_dist.model.layout import PackedLayout, copy_to_device
 
@@ -36,7 +36,7 @@ class SdpaKernel:
             query = query_THd[run.tokens].unflatten(0, (run.count, -1))
             mask = present_BS[:, None, None, :]
             outputs.append(scaled_dot_product(query, key_SHd[index_BS], value_SHd[index_BS], mask).flatten(0, 1))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return join(outputs)
 
 
 def scaled_dot_product(query_BLHd: Tensor, key_BLHd: Tensor, value_BLHd: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,0 +1,86 @@
+"""What a tokenizer's training keeps in its run folder, and whether a folder holds the run that is asked for.
+
+training.json         the resolved configuration
+metrics.jsonl         one line per report
+reconstructions.png   pictures over what the tokenizer makes of them
+unreadable.jsonl      pictures that were skipped, with the reason
+checkpoint.pt         where a resumed run goes on
+config.json, model.safetensors    the finished tokenizer (`star_dist.tokenizer.io`)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from star_dist.config import TokenizerTrainConfig, dump_config
+from star_dist.errors import UserError
+from star_dist.files import read_json_object
+from star_dist.run_folder import differences
+from star_dist.tokenizer.io import CONFIG_FILE
+
+TRAINING_FILE = "training.json"
+PICTURE_FILE = "reconstructions.png"
+UNREADABLE_FILE = "unreadable.jsonl"
+CHECKPOINT_FILE = "checkpoint.pt"
+
+# Options that a resumed run may change: they decide what is written and how fast, never what is learned.
+FREE_OPTIONS = {
+    "run_dir",
+    "data.num_workers",
+    "data.keep_in_memory",
+    "checkpoint_every",
+    "log_every",
+    "sample_pictures",
+    "omp_threads",
+}
+
+
+def check_same_run(run_dir: Path, config: TokenizerTrainConfig) -> None:
+    """Compares with the configuration that a run folder was begun with.
+
+    Raises:
+        UserError: naming the first option that differs, with both values.
+    """
+    if not any((run_dir / name).is_file() for name in (CONFIG_FILE, CHECKPOINT_FILE)):
+        return
+    absent = f"{run_dir} holds a tokenizer but no {TRAINING_FILE}; change run_dir"
+    begun_with = read_json_object(run_dir / TRAINING_FILE, absent)
+    for key, before, now in differences(begun_with, json.loads(dump_config(config))):
+        if key not in FREE_OPTIONS:
+            raise UserError(
+                f"{run_dir} was begun with {key} {before}, this configuration has {now}; "
+                f"change it back, or change run_dir to start anew"
+            )
+
+
+def write_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
+    """Replaces the checkpoint; it is on the disk when this returns."""
+    path = run_dir / CHECKPOINT_FILE
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_checkpoint(run_dir: Path, device: torch.device) -> dict[str, Any] | None:
+    """The state that `write_checkpoint` wrote, or None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = run_dir / CHECKPOINT_FILE
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged ({reason}); remove it to start anew") from None
