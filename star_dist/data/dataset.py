@@ -23,7 +23,7 @@ from star_dist.config import DataSection
 from star_dist.data.captions import choose_caption
 from star_dist.data.fetch import check_local_shards
 from star_dist.data.schema import DatasetMetadata, decode_captions, decode_features, decode_tokens
-from star_dist.data.shared_memory import record_segments
+from star_dist.data.shared_memory import one_number_for_all_ranks, record_segments
 from star_dist.data.streams import CorruptShard, build_streams
 from star_dist.errors import UserError
 from star_dist.scales import ScaleSchedule
@@ -98,7 +98,8 @@ class CaptionedTokens(StreamingDataset):
                 for mark in Path(source.local, split).rglob(f"*{CORRUPT_MARK}"):
                     mark.unlink()  # another start, another try
         try:
-            super().__init__(streams=build_streams(data, split), cache_limit=data.cache_limit, **options)
+            with one_number_for_all_ranks():
+                super().__init__(streams=build_streams(data, split), cache_limit=data.cache_limit, **options)
         except ValueError as error:
             raise UserError(f"the data set at {data.place}/{split} cannot be streamed: {error}") from None
         if on_first_rank_of_host:

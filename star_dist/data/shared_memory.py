@@ -1,4 +1,4 @@
-"""Shared memory that mosaicml-streaming leaves behind when a job is killed: removed by the next job, if it was ours.
+"""mosaicml-streaming's shared memory on a host that several jobs share, and what a killed job leaves of it.
 
 Every StreamingDataset takes a number on its host and keeps segments /dev/shm/<number>_<name> and lock files in the
 temporary folder under it. The library's own cleaner removes those of every job on the host. Here each dataset leaves
@@ -7,19 +7,46 @@ a record, locked as long as its process lives; only what a record without a livi
 
 from __future__ import annotations
 
+import itertools
 import os
+import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import torch.distributed as dist
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
+from streaming.base.shared import prefix
 
 from star_dist.files import try_lock
 
 SEGMENTS = Path("/dev/shm")
 RECORD_PREFIX = f"star_dist_streaming_{os.getuid()}_"
 
+NUMBERS = 10**6  # six digits
+
 _records: list[IO[str]] = []  # open, and so locked, until this process ends
+
+
+@contextmanager
+def one_number_for_all_ranks() -> Iterator[None]:
+    """A dataset that is made inside has the same number on all ranks, whatever other jobs of the host do meanwhile.
+
+    The library takes the first number that is free, and every rank looks for it by itself: a job that starts or ends
+    between two ranks' looks makes the start fail (mosaicml-streaming 0.13, streaming/base/shared/prefix.py). So all
+    ranks begin to look at one random number.
+    """
+    drawn = [secrets.randbelow(NUMBERS)]  # not from a seeded generator: jobs of one seed share hosts
+    if dist.is_initialized():
+        dist.broadcast_object_list(drawn)
+    from_zero = prefix._each_prefix_int
+    prefix._each_prefix_int = lambda: itertools.count(drawn[0])
+    try:
+        yield
+    finally:
+        prefix._each_prefix_int = from_zero
 
 
 def record_segments(number: int) -> None:

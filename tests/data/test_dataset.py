@@ -11,7 +11,8 @@ from star_dist.config import RunConfig
 from star_dist.data.batches import drop_captions
 from star_dist.data.fetch import check_local_shards, fetch_metadata
 from star_dist.errors import UserError
-from tests.ranks import RankFailed, run_ranks
+from star_dist.process import prepare_process_environment
+from tests.ranks import RankFailed, Ranks, run_ranks
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -23,8 +24,6 @@ def order(config: RunConfig, first_step: int, steps: int, world_size: int) -> li
         import torch.distributed
 
         from star_dist.data.batches import TrainBatches
-        from star_dist.data.fetch import fetch_metadata
-        from star_dist.process import prepare_process_environment
 
         process = prepare_process_environment()
         torch.distributed.init_process_group("gloo")
@@ -51,6 +50,25 @@ def test_order_depends_on_the_step_alone(run_config: MakeConfig, num_workers: in
         seen = [sample for step in whole[epoch * steps_per_epoch : (epoch + 1) * steps_per_epoch] for sample in step]
         assert len(set(seen)) == len(seen) == 48
     assert whole[:6] != whole[6:12]
+
+
+def test_jobs_of_one_host_may_start_and_end_together(run_config: MakeConfig) -> None:
+    """Two jobs of two ranks make data sets and drop them, as fast as they can: none sees the other's shared memory."""
+    config = run_config()
+
+    def numbers() -> list[int]:
+        import torch.distributed
+
+        from star_dist.data.batches import TrainBatches
+
+        prepare_process_environment()
+        torch.distributed.init_process_group("gloo")
+        return [TrainBatches(config, fetch_metadata(config.data), 2).dataset._shm_prefix_int for _ in range(8)]
+
+    jobs = [Ranks(numbers, 2) for _ in range(2)]
+    (first, first_again), (second, second_again) = (job.results() for job in jobs)
+    assert first == first_again and second == second_again
+    assert not set(first) & set(second)
 
 
 def test_seed_changes_the_order(run_config: MakeConfig) -> None:
