@@ -10,6 +10,7 @@ SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
 DEV = [
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.6",
     "playwright>=1.50",
     "httpx>=0.27",

@@ -9,6 +9,8 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from star_dist.config import TextSection
 from star_dist.errors import UserError
+from star_dist.model.layout import copy_to_device
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class TextFeatures:
         """Packs per-caption (hidden, pooled) pairs."""
         hidden, pooled = zip(*captions)
         return cls(torch.cat(hidden), torch.stack(pooled), tuple(len(tokens) for tokens in hidden))
+
+    def to(self, device: torch.device) -> TextFeatures:
+        """A copy of features on the CPU, which the host does not wait for."""
+        return TextFeatures(
+            copy_to_device(self.hidden_SW, device), copy_to_device(self.pooled_BW, device), self.lengths
+        )
 
 
 class TextEncoder:
@@ -60,10 +69,38 @@ class TextEncoder:
         """Moves the model; later features come from that device."""
         self.device = device
         self.model.to(device)
+        self.__dict__.pop("_empty_caption", None)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextFeatures:
-        """Encodes captions; longer ones are cut at `text.max_tokens`."""
+        """Encodes captions; longer ones are cut at `text.max_tokens`.
+
+        A caption that comes twice is encoded once, and the empty one, which takes the place of a tenth of all in
+        training, once for good. No other is kept: the batch that a caption is encoded in decides its last bits, and a
+        resumed run, whose cache begins empty, would not equal one that was never stopped.
+        """
+        others = [caption for caption in dict.fromkeys(captions) if caption]
+        if len(others) == len(captions):
+            return self._encode(captions)
+        parts = [self._empty_caption, *([self._encode(others)] if others else [])]
+        lengths = [length for part in parts for length in part.lengths]
+        starts = (0, *accumulate(lengths))
+        place_of = {caption: place for place, caption in enumerate(("", *others))}
+        places = [place_of[caption] for caption in captions]
+        rows = torch.tensor([row for place in places for row in range(starts[place], starts[place + 1])])
+        hidden_SW = torch.cat([part.hidden_SW for part in parts])
+        pooled_BW = torch.cat([part.pooled_BW for part in parts])
+        return TextFeatures(
+            hidden_SW.index_select(0, copy_to_device(rows, self.device)),
+            pooled_BW.index_select(0, copy_to_device(torch.tensor(places), self.device)),
+            tuple(lengths[place] for place in places),
+        )
+
+    @cached_property
+    def _empty_caption(self) -> TextFeatures:
+        return self._encode([""])
+
+    def _encode(self, captions: Sequence[str]) -> TextFeatures:
         batch = self.tokenizer(
             list(captions),
             padding=True,
@@ -74,8 +111,8 @@ class TextEncoder:
         )
         mask_BS = batch["attention_mask"].bool()
         lengths = tuple(mask_BS.sum(1).tolist())
-        present = mask_BS.flatten().nonzero().flatten().to(self.device)  # found on the CPU, so the device never waits
-        ids, mask_BS = batch["input_ids"].to(self.device), mask_BS.to(self.device)
+        present = copy_to_device(mask_BS.flatten().nonzero().flatten(), self.device)
+        ids, mask_BS = copy_to_device(batch["input_ids"], self.device), copy_to_device(mask_BS, self.device)
         output = self.model(input_ids=ids, attention_mask=mask_BS.long())
         hidden_BSW = output.last_hidden_state
         hidden_SW = hidden_BSW.flatten(0, 1).index_select(0, present)
@@ -108,6 +145,8 @@ def save_text_encoder(config: TextSection, folder: Path) -> TextSection:
 
 
 PACKAGE_PREFIX = "package:"
+# Classes of the text half of models that have another half, by model type.
+TEXT_PARTS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
 
 
 def _local_path(encoder: str) -> Path:
@@ -123,19 +162,17 @@ def _local_path(encoder: str) -> Path:
 
 def _load(config: TextSection, dtype: torch.dtype):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn on every start
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     path = _local_path(config.encoder)
     source = str(path) if path.is_dir() else config.encoder
-    special = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
     try:
-        model_type = AutoConfig.from_pretrained(source, subfolder=config.encoder_subfolder).model_type
-        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=config.tokenizer_subfolder)
-        model = special.get(model_type, AutoModel).from_pretrained(
-            source, subfolder=config.encoder_subfolder, dtype=dtype, use_safetensors=True
-        )
+        model_type = transformers.AutoConfig.from_pretrained(source, subfolder=config.encoder_subfolder).model_type
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder=config.tokenizer_subfolder)
+        text_part = getattr(transformers, TEXT_PARTS.get(model_type, "AutoModel"))  # imports that model alone
+        model = text_part.from_pretrained(source, subfolder=config.encoder_subfolder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

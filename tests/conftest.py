@@ -29,6 +29,11 @@ CAPTIONS = ("red heart", "green face", "blue flag")
 COLOURS = ("red", "green", "blue")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that no worker begins one when the others have nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """The recorded runs of the public implementations (shared/golden, beside the checkout)."""

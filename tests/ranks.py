@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -42,6 +43,7 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        gc.freeze()  # a rank's collections need not go through a million objects of the test process
         context = multiprocessing.get_context("fork")
         self.processes, self.pipes = [], []
         for rank in range(world_size):

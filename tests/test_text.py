@@ -72,6 +72,24 @@ def test_t5_has_no_pooled_output_and_takes_the_mean(t5_folder: Path) -> None:
         TextEncoder(section(t5_folder, pooling="pooler"), CPU)(CAPTIONS)
 
 
+def test_repeated_captions_are_encoded_once_and_the_empty_one_once_for_good(text_encoder_folder: Path) -> None:
+    encoder = TextEncoder(section(text_encoder_folder), CPU)
+    encoded = []
+    encoder.model.register_forward_pre_hook(
+        lambda model, arguments, options: encoded.append(len(options["input_ids"])), with_kwargs=True
+    )
+    features = encoder(["red heart", "", "blue flag", "red heart", ""])
+    assert encoded == [1, 2]
+    again = encoder(["", ""])
+    assert encoded == [1, 2]
+    for i, caption in enumerate(("red heart", "", "blue flag", "red heart", "")):
+        alone = TextEncoder(section(text_encoder_folder), CPU)([caption])[0]
+        for found, expected in zip(features[i], alone):
+            assert torch.allclose(found, expected, atol=1e-6)
+    assert again.lengths == (features.lengths[1],) * 2
+    assert all(torch.equal(found, expected) for found, expected in zip(again[1], features[4]))
+
+
 @pytest.mark.parametrize("folder", ["text_encoder_folder", "t5_folder", "clip_folder"])
 def test_captions_do_not_influence_each_other(folder: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(folder)

@@ -92,10 +92,12 @@ class PackedLayout:
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    """A copy of a tensor on the CPU that the host does not wait for."""
+    if device.type == "cpu":
+        return tensor
+    if torch.cuda.is_available():
+        tensor = tensor.pin_memory()  # of other memory the copy waits for all work that is queued before it
+    return tensor.to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=32)

@@ -12,14 +12,14 @@ from star_dist.data.batches import HeldOutBatches
 from star_dist.data.fetch import fetch_matching_metadata
 from star_dist.errors import UserError
 from star_dist.export import load_export_tokenizer, load_model
-from star_dist.model.layout import PackedLayout
-from star_dist.model.star import STAR, pack_inputs
-from star_dist.text import TextEncoder, TextFeatures
+from star_dist.model.star import STAR
+from star_dist.text import TextEncoder
 from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.train.checkpoint import CheckpointFolder, check_same_tokenizer
 from star_dist.train.export_checkpoint import checkpoint_weights
 from star_dist.train.loss_report import by_scale, loss_report
+from star_dist.train.token_losses import TokenLosses
 
 
 @torch.no_grad()
@@ -42,15 +42,10 @@ def evaluate(folder: Path, config: RunConfig, step: int | None) -> dict[str, flo
     schedule = config.schedule
     losses_K, correct_K = torch.zeros(2, len(schedule), device=device)
     batches = -(-held_out.num_samples // config.train.micro_batch)
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+    in_bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+    token_losses = TokenLosses(config, in_bf16(model), tokenizer.quantize, encoder, device)
     for batch, weights_B in tqdm(held_out, total=batches, unit="batch"):
-        text = TextFeatures.pack(batch.features) if encoder is None else encoder(batch.captions)
-        tokens_BL = batch.tokens_BL.to(device)
-        inputs_TC = pack_inputs(tokenizer.quantize.teacher_forcing_input(tokens_BL, schedule))
-        layout = PackedLayout.uniform(schedule, len(batch), text.lengths)
-        hidden_SW, pooled_BW = text.hidden_SW.to(device).float(), text.pooled_BW.to(device).float()
-        with precision:
-            losses_T, correct_T = model(inputs_TC, hidden_SW, pooled_BW, tokens_BL.flatten(), layout=layout)
+        losses_T, correct_T = token_losses(batch, token_losses.text(batch, None), None)
         losses_K += by_scale(losses_T, schedule, weights_B.to(device))
         correct_K += by_scale(correct_T, schedule, weights_B.to(device))
     report = loss_report(schedule, losses_K, correct_K, held_out.num_samples, "validation/")

@@ -23,15 +23,15 @@ DRAW = 2  # sets this draw apart from those of captions, which share (seed, step
 class TokenDropping:
     """keep: share of the tokens of each of the last `scales` scales that stays, at least one of each.
 
-    schedule: with the kept lengths; all samples keep as many.
+    schedule: with the kept lengths; all samples keep as many. device: of the values that `restore` takes.
     """
 
-    def __init__(self, full: ScaleSchedule, keep: float, scales: int, seed: int) -> None:
+    def __init__(self, full: ScaleSchedule, keep: float, scales: int, seed: int, device: torch.device) -> None:
         first = len(full) - scales
         kept = [n if k < first else max(1, round(keep * n)) for k, n in enumerate(full.lengths)]
         self.full, self.seed = full, seed
         self.schedule = ScaleSchedule(full.sides, tuple(kept))
-        self.weights_M = torch.tensor([n / m for n, m in zip(full.lengths, kept) for _ in range(m)])
+        self.weights_M = torch.tensor([n / m for n, m in zip(full.lengths, kept) for _ in range(m)], device=device)
 
     def positions(self, sample_ids: Sequence[int], step: int) -> Tensor:
         """Positions of the kept tokens of each sample, ascending; (B, M) int64."""
@@ -45,6 +45,6 @@ class TokenDropping:
         )
 
     def restore(self, values_BM: Tensor, positions_BM: Tensor) -> Tensor:
-        """Values of kept tokens, weighted, at their places among all; 0 elsewhere; (B, L)."""
+        """Values of kept tokens, weighted, at their places among all; 0 elsewhere; (B, L) float32."""
         full_BL = values_BM.new_zeros(len(values_BM), self.full.num_tokens)
-        return full_BL.scatter(1, positions_BM, values_BM * self.weights_M.to(values_BM))
+        return full_BL.scatter(1, positions_BM, values_BM * self.weights_M)

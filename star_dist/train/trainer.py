@@ -12,27 +12,26 @@ import torch
 from torch import Tensor
 
 from star_dist.config import RunConfig
-from star_dist.data.batches import HeldOutBatches, TrainBatches, drop_captions
+from star_dist.data.batches import HeldOutBatches, TrainBatches
 from star_dist.data.dataset import MicroBatch
-from star_dist.data.fetch import fetch_empty_caption
 from star_dist.data.schema import DatasetMetadata
 from star_dist.errors import UserError
 from star_dist.inference.grid import GridSection, draw_grid
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.model.flops import training_flops
-from star_dist.model.layout import PackedLayout
-from star_dist.model.star import STAR, pack_inputs
+from star_dist.model.layout import copy_to_device
+from star_dist.model.star import STAR
 from star_dist.text import TextEncoder, TextFeatures
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.train.checkpoint import Checkpoint
 from star_dist.train.engine import Engine
 from star_dist.train.facts import FactsLog
-from star_dist.train.loss_report import by_scale, loss_report, scale_loss_weights
+from star_dist.train.loss_report import by_scale, loss_report
 from star_dist.train.metrics import MetricsLog, peak_flops, peak_memory_bytes
 from star_dist.train.optim import learning_rate
 from star_dist.train.own_time import OwnTime, slowest_rank
 from star_dist.train.supervisor import Supervisor
-from star_dist.train.token_dropping import TokenDropping
+from star_dist.train.token_losses import TokenLosses
 
 
 @dataclass
@@ -72,20 +71,11 @@ class Trainer:
         self.text_encoder = None
         if not config.data.text_features or config.samples.every:
             self.text_encoder = TextEncoder(config.text, self.device, self._frozen_dtype())
-        self.empty_text = fetch_empty_caption(config.data) if config.data.text_features else None
+        self.token_losses = TokenLosses(config, engine, self.tokenizer.quantize, self.text_encoder, self.device)
         self.train_batches = TrainBatches(config, metadata, self.world_size)
         self.held_out = None
         if config.validation.every:
             self.held_out = HeldOutBatches(config, metadata, self.rank, self.world_size)
-        self.dropping = None
-        if config.train.token_keep < 1:
-            self.dropping = TokenDropping(
-                self.schedule, config.train.token_keep, config.train.token_drop_scales, config.seed
-            )
-        self.loss_weights_L = None
-        if config.train.scale_loss_power:
-            weights = scale_loss_weights(self.schedule, config.train.scale_loss_power)
-            self.loss_weights_L = torch.tensor(weights, device=self.device)
         self.first_step = 0
         if checkpoint is not None:
             engine.state.load(checkpoint)
@@ -121,9 +111,9 @@ class Trainer:
         for step in range(first_step, config.train.steps):
             for _ in range(self.train_batches.micro_batches_per_step):
                 batch = self._next_batch(batches, totals)
-                losses_T, correct_T = self._forward(batch, self._text(batch, step, totals), totals, step)
-                present_B = self._present(batch)
-                self.engine.backward(self._loss_sum(losses_T, present_B))
+                losses_T, correct_T = self.token_losses(batch, self._text(batch, step, totals), step)
+                present_B = self.token_losses.present(batch)
+                self.engine.backward(self.token_losses.loss_sum(losses_T, present_B))
                 self.engine.step(learning_rate(config.optimizer, step, config.train.steps))
                 self._add(totals, losses_T, correct_T, batch, present_B)
             done = step + 1
@@ -167,53 +157,10 @@ class Trainer:
         return batch
 
     def _text(self, batch: MicroBatch, step: int, totals: Totals) -> TextFeatures:
-        """Features of a batch's captions, those that guidance training drops replaced by the empty one."""
-        rate = self.config.train.caption_dropout
-        dropped = drop_captions(batch.sample_ids, seed=self.config.seed, step=step, rate=rate)
         with totals.own_time.measured():
-            if batch.features is None:
-                return self.text_encoder(["" if drop else caption for caption, drop in zip(batch.captions, dropped)])
-            return TextFeatures.pack(
-                [self.empty_text[0] if drop else features for features, drop in zip(batch.features, dropped)]
-            )
-
-    def _held_out_text(self, batch: MicroBatch) -> TextFeatures:
-        return self.text_encoder(batch.captions) if batch.features is None else TextFeatures.pack(batch.features)
-
-    def _forward(
-        self, batch: MicroBatch, text: TextFeatures, totals: Totals | None = None, step: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Per-token losses and hits, (T,) each; in training (with totals) 0 where a token is dropped."""
-        tokens_BL = batch.tokens_BL.to(self.device, non_blocking=True)
-        inputs_TC = pack_inputs(self.tokenizer.quantize.teacher_forcing_input(tokens_BL, self.schedule))
-        hidden_SW, pooled_BW = text.hidden_SW.to(self.device), text.pooled_BW.to(self.device)
-        if totals is not None:
-            totals.text_tokens += sum(text.lengths)
-        if totals is None or self.dropping is None:
-            layout = PackedLayout.uniform(self.schedule, len(batch), text.lengths)
-            return self.engine(inputs_TC, hidden_SW, pooled_BW, tokens_BL.flatten(), layout=layout)
-        kept_BM = self.dropping.positions(batch.sample_ids, step).to(self.device)
-        inputs_TC = inputs_TC.unflatten(0, tokens_BL.shape)[torch.arange(len(batch))[:, None], kept_BM].flatten(0, 1)
-        targets_T = tokens_BL.gather(1, kept_BM).flatten()
-        layout = PackedLayout.uniform(self.dropping.schedule, len(batch), text.lengths)
-        kept = self.engine(inputs_TC, hidden_SW, pooled_BW, targets_T, layout=layout, positions_T=kept_BM.flatten())
-        losses, hits = (self.dropping.restore(x.float().view(kept_BM.shape), kept_BM).flatten() for x in kept)
-        return losses, hits
-
-    def _present(self, batch: MicroBatch) -> Tensor | None:
-        """1 for every sample and 0 for those of corrupt shards, (B,); None where all are present."""
-        if all(batch.present):
-            return None
-        return torch.tensor(batch.present, dtype=torch.float32, device=self.device)
-
-    def _loss_sum(self, losses_T: Tensor, present_B: Tensor | None) -> Tensor:
-        """What is minimised: the sum over all tokens, weighted by scale where `train.scale_loss_power` says so."""
-        losses_BL = losses_T.unflatten(0, (-1, self.schedule.num_tokens))
-        if self.loss_weights_L is not None:
-            losses_BL = losses_BL * self.loss_weights_L
-        if present_B is not None:
-            losses_BL = losses_BL * present_B[:, None]
-        return losses_BL.sum()
+            text = self.token_losses.text(batch, step)
+        totals.text_tokens += sum(text.lengths)
+        return text
 
     # ----------------------------------------------------------------------------------------------- reports
 
@@ -254,8 +201,7 @@ class Trainer:
         elapsed_s = time.perf_counter() - totals.started_s
         images_per_s = samples / elapsed_s
         text_tokens = round(totals.text_tokens / max(totals.samples + totals.skipped_samples, 1))
-        schedule = self.schedule if self.dropping is None else self.dropping.schedule
-        flops_per_image = training_flops(self.engine.model.config, schedule, text_tokens)
+        flops_per_image = training_flops(self.engine.model.config, self.token_losses.schedule, text_tokens)
         report |= {
             "optim/learning_rate": learning_rate(self.config.optimizer, done - 1, self.config.train.steps),
             "optim/grad_norm": self.engine.gradient_norm(),
@@ -277,9 +223,9 @@ class Trainer:
         self.engine.train(False)
         with self.supervisor.pause("validation"), torch.no_grad():
             for batch, weights_B in self.held_out:
-                losses_T, correct_T = self._forward(batch, self._held_out_text(batch))
+                losses_T, correct_T = self.token_losses(batch, self.token_losses.text(batch, None), None)
                 totals.samples += int(weights_B.sum())
-                weights_B = weights_B.to(self.device)
+                weights_B = copy_to_device(weights_B, self.device)
                 totals.losses_K += by_scale(losses_T, self.schedule, weights_B)
                 totals.correct_K += by_scale(correct_T, self.schedule, weights_B)
         self.engine.train()

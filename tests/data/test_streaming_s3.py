@@ -1,11 +1,7 @@
 """Streaming from a real S3 server through the faults of object stores: nothing lost, repeated or silent."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,10 +12,11 @@ import pytest
 
 from data_prep.tokenization import tokenize
 from star_dist.config import PrepConfig, RunConfig, parse_config
-from star_dist.data.batches import spread_over_sources
+from star_dist.data.batches import TrainBatches, spread_over_sources
 from star_dist.data.fetch import fetch_metadata
-from star_dist.data.shared_memory import RECORD_PREFIX, SEGMENTS
+from star_dist.data.shared_memory import RECORD_PREFIX, SEGMENTS, remove_segments_of_dead_jobs
 from star_dist.errors import UserError
+from star_dist.process import prepare_process_environment
 from tests.data.test_dataset import order
 from tests.fault_proxy import FaultProxy
 from tests.ranks import RankFailed, Ranks, run_ranks
@@ -186,48 +183,38 @@ def test_two_trainings_do_not_share_a_cache(on_s3: MakeConfig, run_config: MakeC
     assert run_ranks(lambda: bool(claim_caches(data)), 1) == [True]
 
 
-@pytest.mark.slow
-def test_killed_jobs_are_cleaned_up_after_and_living_ones_left_alone(
-    run_config: MakeConfig, many_shards: Path, tmp_path: Path
-) -> None:
+def test_killed_jobs_are_cleaned_up_after_and_living_ones_left_alone(run_config: MakeConfig, many_shards: Path) -> None:
     """A whole job killed with -9, the tracker that frees its shared memory included; another one lives on."""
     config = run_config(data={"local": str(many_shards)})
-    path = tmp_path / "config.json"
-    path.write_text(config.model_dump_json())
+    kept = []
 
-    def start() -> tuple[subprocess.Popen, int]:
-        code = (
-            "import sys, time; from star_dist.config import RunConfig, load_config\n"
-            "from star_dist.process import prepare_process_environment; prepare_process_environment()\n"
-            "from star_dist.data.batches import TrainBatches; from star_dist.data.fetch import fetch_metadata\n"
-            "from star_dist.data.shared_memory import remove_segments_of_dead_jobs; remove_segments_of_dead_jobs()\n"
-            "config = load_config(RunConfig, sys.argv[1])\n"
-            "batches = TrainBatches(config, fetch_metadata(config.data), 1)\n"
-            "next(batches.starting_at(0)); print(batches.dataset._shm_prefix_int, flush=True); time.sleep(600)"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        return process, int(process.stdout.readline())
+    def job() -> int:
+        prepare_process_environment()
+        remove_segments_of_dead_jobs()
+        batches = TrainBatches(config, fetch_metadata(config.data), 1)
+        kept.append((batches, next(batches.starting_at(0))))
+        return batches.dataset._shm_prefix_int
 
-    living, living_number = start()
-    killed, killed_number = start()
-    third = None
+    def start() -> tuple[Ranks, int]:
+        """A job that has its number and lives on."""
+        running = Ranks(job, 1)
+        succeeded, value = running.pipes[0].recv()
+        assert succeeded, value
+        return running, value
+
+    jobs = [start(), start()]
     try:
-        assert list(SEGMENTS.glob(f"{killed_number:06}_*"))
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.wait()
-        assert list(SEGMENTS.glob(f"{killed_number:06}_*"))  # nobody was left to remove them
-        before = {file: file.stat().st_ino for file in SEGMENTS.glob(f"{living_number:06}_*")}
-        third, _ = start()
-        assert not list(SEGMENTS.glob(f"{killed_number:06}_*"))
-        assert before and {file: file.stat().st_ino for file in SEGMENTS.glob(f"{living_number:06}_*")} == before
-        assert (Path(tempfile.gettempdir()) / f"{RECORD_PREFIX}{living_number:06}").exists()
+        (_, living), (killed_job, killed) = jobs
+        killed_job.kill()
+        assert list(SEGMENTS.glob(f"{killed:06}_*"))  # nobody was left to remove them
+        before = {file: file.stat().st_ino for file in SEGMENTS.glob(f"{living:06}_*")}
+        jobs.append(start())
+        assert not list(SEGMENTS.glob(f"{killed:06}_*"))
+        assert before and {file: file.stat().st_ino for file in SEGMENTS.glob(f"{living:06}_*")} == before
+        assert (Path(tempfile.gettempdir()) / f"{RECORD_PREFIX}{living:06}").exists()
     finally:
-        for process in (living, killed, third):
-            if process is not None and process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        for running, _ in jobs:
+            running.kill()
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ from star_dist.train.export_checkpoint import export_checkpoint
 from tests.ranks import run_ranks
 from tests.train.runs import train_on, weights
 
+pytestmark = pytest.mark.xdist_group("export")  # one worker, so that the run is trained once
+
 MakeConfig = Callable[..., RunConfig]
 GREEDY = SamplingOptions(guidance=2.0, top_k=1)
 PROMPTS = ["red heart", "blue flag", "green face"]

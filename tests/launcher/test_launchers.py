@@ -1,4 +1,4 @@
-"""The same training under every launcher, 2 ranks each (srun: test_slurm.py)."""
+"""The same training under every launcher, 2 ranks each (others: test_commands.py, test_slurm.py)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from tests.train.runs import metrics
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -31,16 +30,16 @@ def launchers(folder: Path) -> dict[str, list[str]]:
     hostfile = folder / "hostfile"
     hostfile.write_text("localhost slots=2\n")
     address = ["--master_addr", "127.0.0.1", "--master_port", "29632"]
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29634"]
     return {
-        "deepspeed": [*DEEPSPEED, "--num_gpus", "2", "--master_port", "29631"],
-        "deepspeed --hostfile": [*DEEPSPEED, "--hostfile", str(hostfile), "--no_ssh", "--node_rank", "0", *address],
+        "deepspeed --hostfile": [*deepspeed, "--hostfile", str(hostfile), "--no_ssh", "--node_rank", "0", *address],
         "torchrun": torchrun,
         "launcher/node.py": [sys.executable, "launcher/node.py", "--nproc-per-node=2", "--master-port=29635"],
     }
 
 
-@pytest.mark.parametrize("name", ["deepspeed", "deepspeed --hostfile", "torchrun", "launcher/node.py"])
+@pytest.mark.parametrize("name", ["deepspeed --hostfile", "torchrun", "launcher/node.py"])
 def test_every_launcher_starts_the_same_training(
     run_config: Callable[..., RunConfig], tmp_path: Path, name: str
 ) -> None:

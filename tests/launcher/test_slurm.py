@@ -22,7 +22,7 @@ from star_dist.config import RunConfig, dump_config
 from tests.launcher.slurm_cluster import SlurmCluster, why_not
 from tests.train.runs import last_step, metrics, weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm")]
 
 ROOT = Path(__file__).parents[2]
 MUST_RUN = "STAR_DIST_SLURM_REQUIRED"

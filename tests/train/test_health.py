@@ -27,19 +27,19 @@ def ended(config: RunConfig, before_step: Callable[[int, int], None], world_size
 
     def run() -> tuple[int, str]:
         from star_dist.errors import RunEnded
-        from star_dist.train.trainer import Trainer
+        from star_dist.train.token_losses import TokenLosses
 
-        plain = Trainer._forward
+        plain = TokenLosses.__call__
         rank = int(os.environ["RANK"])
         calls = iter(range(10**6))
 
-        def forward(trainer: Trainer, *arguments: Any) -> Any:
-            step, micro_step = divmod(next(calls), trainer.train_batches.micro_batches_per_step)
+        def forward(losses: TokenLosses, *arguments: Any) -> Any:
+            step, micro_step = divmod(next(calls), config.accumulation_steps(world_size))
             if micro_step == 0:
                 before_step(rank, step)
-            return plain(trainer, *arguments)
+            return plain(losses, *arguments)
 
-        Trainer._forward = forward
+        TokenLosses.__call__ = forward
         try:
             train(config)
         except RunEnded as error:
@@ -91,9 +91,9 @@ def poison(config: RunConfig, poisoned_step: int, loss_factor: float) -> None:
     """Makes the loss of one data step wrong, whenever its samples come."""
     from star_dist.data.batches import TrainBatches
     from star_dist.data.dataset import MicroBatch
-    from star_dist.train.trainer import Trainer
+    from star_dist.train.token_losses import TokenLosses
 
-    plain_forward, plain_starting_at = Trainer._forward, TrainBatches.starting_at
+    plain_forward, plain_starting_at = TokenLosses.__call__, TrainBatches.starting_at
     bad: set[tuple[int, ...]] = set()
 
     def starting_at(batches: TrainBatches, step: int) -> Any:
@@ -102,11 +102,11 @@ def poison(config: RunConfig, poisoned_step: int, loss_factor: float) -> None:
                 bad.add(batch.sample_ids)
             yield batch
 
-    def forward(trainer: Trainer, batch: MicroBatch, *arguments: Any) -> Any:
-        losses_T, correct_T = plain_forward(trainer, batch, *arguments)
+    def forward(losses: TokenLosses, batch: MicroBatch, *arguments: Any) -> Any:
+        losses_T, correct_T = plain_forward(losses, batch, *arguments)
         return losses_T * (loss_factor if batch.sample_ids in bad else 1.0), correct_T
 
-    TrainBatches.starting_at, Trainer._forward = starting_at, forward
+    TrainBatches.starting_at, TokenLosses.__call__ = starting_at, forward
     train(config)
 
 
@@ -193,15 +193,16 @@ def test_a_hang_ends_with_everybodys_stacks(run_config: MakeConfig) -> None:
 
 
 def ended_in_this_process(config: RunConfig, before_step: Callable[[int, int], None]) -> None:
-    from star_dist.train.trainer import Trainer
+    from star_dist.train.token_losses import TokenLosses
 
-    plain, calls = Trainer._forward, iter(range(10**6))
+    plain, calls = TokenLosses.__call__, iter(range(10**6))
 
-    def forward(trainer: Trainer, *arguments: Any) -> Any:
-        before_step(int(os.environ["RANK"]), next(calls) // trainer.train_batches.micro_batches_per_step)
-        return plain(trainer, *arguments)
+    def forward(losses: TokenLosses, *arguments: Any) -> Any:
+        world_size = int(os.environ["WORLD_SIZE"])
+        before_step(int(os.environ["RANK"]), next(calls) // config.accumulation_steps(world_size))
+        return plain(losses, *arguments)
 
-    Trainer._forward = forward
+    TokenLosses.__call__ = forward
     train(config)
 
 

@@ -35,7 +35,7 @@ def test_parameters_are_those_of_the_model(changes: dict) -> None:
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize(
-    ("depth", "batch", "dtype"), [(4, 1, torch.float32), (8, 1, torch.float32), (4, 2, torch.bfloat16)]
+    ("depth", "batch", "dtype"), [(4, 1, torch.float32), (8, 1, torch.float32), (2, 2, torch.bfloat16)]
 )
 def test_activation_memory_is_within_a_tenth_of_the_measured_peak(
     depth: int, batch: int, dtype: torch.dtype, checkpointing: str
@@ -51,7 +51,10 @@ def test_activation_memory_is_within_a_tenth_of_the_measured_peak(
     def step() -> None:
         model(*inputs, targets, layout=layout)[0].mean().backward()
 
-    step()  # gradients are there then
+    with torch.no_grad():
+        model(*inputs, targets, layout=layout)  # tables of positions are there then, and gradients
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     measured = peak_bytes(step, torch.device("cpu"))
     reckoned = sum(size.activation_bytes(config, layout.num_tokens, dtype.itemsize, checkpointing).values())
     assert reckoned == pytest.approx(measured, rel=0.1)
