@@ -58,6 +58,7 @@ def main() -> None:
     from star_dist.inference.pipeline import StarPipeline
 
     pipeline = StarPipeline.from_pretrained(arguments.model)
+    pipeline.text_encoder.check_fit([arguments.prompt])
     how = {"inpaint": mask, "outpaint": box, "vary": getattr(arguments, "keep_scales", None)}[arguments.way]
     prompts = [arguments.prompt] * arguments.count
     pictures = getattr(editing, arguments.way)(pipeline, prompts, picture, how, arguments.seed, options)

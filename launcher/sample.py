@@ -46,6 +46,7 @@ def main() -> None:
 
     pipeline = StarPipeline.from_pretrained(arguments.model)
     options.by_scale(len(pipeline.schedule))  # one value too many or too few is found before anything is drawn
+    pipeline.text_encoder.check_fit(prompts)
     jobs = [prompt for prompt in prompts for _ in range(arguments.count)]
     paths = [out] if len(jobs) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(jobs))]
     out.parent.mkdir(parents=True, exist_ok=True)

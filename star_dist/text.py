@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,10 @@ class TextEncoder:
             raise UserError(
                 f"text encoder {config.encoder} has width {width}, text.width is {config.width}; change one"
             )
+
+    def check_fit(self, captions: Sequence[str]) -> None:
+        """`check_fit` with this encoder's tokenizer and limit."""
+        check_fit(self.tokenizer, captions, self.config.max_tokens)
 
     def to(self, device: torch.device) -> None:
         """Moves the model; later features come from that device."""
@@ -127,6 +132,18 @@ class TextEncoder:
             return pooled
         weights_BS1 = mask_BS.unsqueeze(-1).to(hidden_BSW.dtype)
         return (hidden_BSW * weights_BS1).sum(1) / weights_BS1.sum(1)
+
+
+def check_fit(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> None:
+    """For captions that somebody has typed: those of a data set may be cut.
+
+    Raises:
+        UserError: a caption has more tokens than the text encoder takes.
+    """
+    for caption in captions:
+        tokens = len(tokenizer(caption, truncation=False, verbose=False)["input_ids"])
+        if tokens > max_tokens:
+            raise UserError(f"a prompt has {tokens} tokens, the model takes {max_tokens}; shorten {caption[:40]!r}…")
 
 
 def save_text_encoder(config: TextSection, folder: Path) -> TextSection:

@@ -90,6 +90,14 @@ def test_repeated_captions_are_encoded_once_and_the_empty_one_once_for_good(text
     assert all(torch.equal(found, expected) for found, expected in zip(again[1], features[4]))
 
 
+def test_typed_captions_are_not_cut(text_encoder_folder: Path) -> None:
+    encoder = TextEncoder(section(text_encoder_folder), CPU)
+    encoder.check_fit(["red heart", "red " * 6])
+    with pytest.raises(UserError, match=r"a prompt has 9 tokens, the model takes 8; shorten 'red red red"):
+        encoder.check_fit(["red heart", "red " * 7])
+    assert encoder(["red " * 7]).lengths == (8,)  # a data set's captions are
+
+
 @pytest.mark.parametrize("folder", ["text_encoder_folder", "t5_folder", "clip_folder"])
 def test_captions_do_not_influence_each_other(folder: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(folder)

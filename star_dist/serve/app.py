@@ -15,6 +15,7 @@ Every error is {"error": "one sentence"}.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,6 +34,7 @@ from star_dist.inference.pipeline import StarPipeline
 from star_dist.serve.jobs import FINISHED, Job, QueueFull, Worker
 from star_dist.serve.limits import Limits
 from star_dist.serve.requests import DrawRequest, check_request
+from star_dist.text import check_fit
 
 PAGE = Path(__file__).with_name("page.html")
 EVENT_INTERVAL_S = 0.05
@@ -53,6 +55,7 @@ def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[st
     at this machine; null allows any.
     """
     worker = Worker(pipeline, limits)
+    tokenizer = copy.deepcopy(pipeline.text_encoder.tokenizer)  # the drawing thread's own may not be used from here
 
     @asynccontextmanager
     async def run_worker(app: FastAPI) -> AsyncIterator[None]:
@@ -106,7 +109,9 @@ def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[st
 
     @app.post("/api/jobs", status_code=202)
     async def submit(request: DrawRequest) -> dict[str, Any]:
-        return describe(worker.submit(check_request(request, limits, len(pipeline.schedule))))
+        drawing = check_request(request, limits, len(pipeline.schedule))
+        check_fit(tokenizer, request.prompts, pipeline.text_encoder.config.max_tokens)
+        return describe(worker.submit(drawing))
 
     @app.get("/api/jobs/{job_id}")
     async def state(job_id: str) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def test_model_tells_what_can_be_asked(client: TestClient) -> None:
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": ["  "]}, "the prompt is empty"),
         ({"prompts": ["x" * 51]}, "a prompt has 51 letters, the limit is 50"),
+        ({"prompts": ["red " * 7]}, "a prompt has 9 tokens, the model takes 8"),
         ({"count": 5}, "5 pictures were asked for, the limit is 4"),
         ({"prompts": ["a", "b", "c"], "count": 2}, "6 pictures were asked for, the limit is 4"),
         ({"count": 0}, "the number of pictures must be at least 1, got 0"),
