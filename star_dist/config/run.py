@@ -145,7 +145,7 @@ class TrainSection(Section):
     token_keep: float = Field(1.0, gt=0, le=1)
     token_drop_scales: Positive = 2
     precision: Literal["bf16", "fp32"] = "bf16"
-    zero_stage: Literal[1, 2, 3] = 3
+    zero_stage: Literal[0, 1, 2, 3] = 3
     init_from: str | None = None
     omp_threads: Positive | None = None
 
@@ -379,11 +379,13 @@ class RunConfig(Section):
 
     def deepspeed_config(self, world_size: int) -> dict[str, Any]:
         """The DeepSpeed configuration that follows from this run, with the `deepspeed` section's knobs added."""
+        plain = self.train.zero_stage == 0 and self.train.precision == "fp32"
         derived: dict[str, Any] = {
             "train_batch_size": self.train.global_batch,
             "train_micro_batch_size_per_gpu": self.train.micro_batch,
             "gradient_accumulation_steps": self.accumulation_steps(world_size),
-            "gradient_clipping": self.optimizer.gradient_clipping,
+            # At stage 0 in fp32 the optimizer clips (train/optim.py): DeepSpeed would not report the norm.
+            "gradient_clipping": 0.0 if plain else self.optimizer.gradient_clipping,
             "bf16": {"enabled": self.train.precision == "bf16"},
             "zero_optimization": {"stage": self.train.zero_stage},
             "steps_per_print": 2**31,  # metrics.jsonl is the record; DeepSpeed's own prints only repeat it

@@ -61,9 +61,11 @@ class Engine:
         groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         group_of = {names[id(parameter)]: group["name"] for group in groups for parameter in group["params"]}
-        optimizer = build_optimizer(groups, config.optimizer)
+        # At stage 0 in fp32 DeepSpeed steps the optimizer as it is; elsewhere it clips and checks gradients itself.
+        clips = config.train.zero_stage == 0 and config.train.precision == "fp32"
+        optimizer = build_optimizer(groups, config.optimizer, clips)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-        self.state = ShardedState(self._engine, config.train.zero_stage, process.rank, group_of)
+        self.state = ShardedState(self._engine, config.train.zero_stage, process.rank, process.world_size, group_of)
 
     @property
     def model(self) -> STAR:
@@ -123,9 +125,10 @@ class Engine:
         torch.distributed.barrier()
 
     def full_weights(self) -> dict[str, Tensor] | None:
-        """All weights from the fp32 masters, on the CPU of rank 0 (None elsewhere). Every rank must call this.
+        """All weights, from the fp32 masters where they are parted, on the CPU of rank 0. Every rank must call this.
 
-        One parameter at a time is whole on the device, so the peak is the model's fp32 size on one host.
+        Returns None on the other ranks. One parameter at a time is whole on the device, so the peak is the model's
+        fp32 size on one host.
         """
         weights: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,9 +28,33 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weigh
     return list(groups.values())
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerSection) -> torch.optim.AdamW:
-    """AdamW over the groups, in one fused kernel."""
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+class ClippedAdamW(torch.optim.AdamW):
+    """AdamW that clips gradients, and skips an update of which one is not finite.
+
+    DeepSpeed's engine asks for both by these names, as it does of its own optimizers.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, gradient_clipping: float, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.gradient_clipping = gradient_clipping
+        self.overflow = False
+        self._global_grad_norm = 0.0
+
+    def step(self, closure: None = None) -> None:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clipping)
+        self._global_grad_norm = norm.item()
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if not self.overflow:
+            super().step(closure)
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerSection, clips: bool = False) -> torch.optim.AdamW:
+    """AdamW over the groups, in one fused kernel; `clips`: it clips gradients and checks them by itself."""
+    options: dict[str, Any] = dict(lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    if clips:
+        return ClippedAdamW(groups, gradient_clipping=config.gradient_clipping, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def learning_rate(config: OptimizerSection, step: int, total_steps: int) -> float:

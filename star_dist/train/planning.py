@@ -93,12 +93,12 @@ def largest_micro_batch(config: RunConfig, gpus: int, memory_gb: float) -> int |
 def communication_bytes(config: RunConfig, gpus: int) -> float:
     """Bytes that each GPU sends in one optimizer step (ring collectives move (n - 1) / n of a tensor).
 
-    ZeRO-1 and 2: gradients are reduced and updated weights gathered once. ZeRO-3: every micro-batch gathers the weights
-    forwards and backwards and reduces the gradients.
+    Stage 0: gradients are all-reduced once. ZeRO-1 and 2: they are reduced and updated weights gathered once. ZeRO-3:
+    every micro-batch gathers the weights forwards and backwards and reduces the gradients.
     """
     size = parameter_count(config.star_config()) * bytes_per_value(config) * (gpus - 1) / gpus
     stage, rounds = config.train.zero_stage, config.accumulation_steps(gpus)
-    return size * {1: 2, 2: 1 + rounds, 3: 3 * rounds}[stage]
+    return size * {0: 2, 1: 2, 2: 1 + rounds, 3: 3 * rounds}[stage]
 
 
 def plan(

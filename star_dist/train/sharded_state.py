@@ -1,9 +1,9 @@
 """This rank's part of the training state in DeepSpeed's ZeRO optimizers, as pieces of named parameters.
 
 DeepSpeed's own checkpoints resume on the same number of ranks only, and its universal ones lose each group's settings
-and count Adam's steps wrongly (deepspeed-notes.md). The layout behind them is simple: every rank owns flat ranges of
-parameters inside flat fp32 tensors, each with one Adam state. Stage 3 parts every parameter equally, stages 1 and 2
-part the concatenation of a group's parameters.
+and count Adam's steps wrongly (deepspeed-notes.md). The layout behind them is simple: every rank holds flat ranges of
+parameters inside fp32 tensors (the masters), each with one Adam state. Stage 3 parts every parameter equally, stages 1
+and 2 part the concatenation of a group's parameters, and at stage 0 every rank holds all.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from star_dist.train.shards import KINDS, Piece, Scalars, ShardReader
 class ShardedState:
     """Weights, Adam moments and counters of a DeepSpeed engine; `group_of`: parameter -> name of its group."""
 
-    def __init__(self, engine: Any, zero_stage: int, rank: int, group_of: dict[str, str]) -> None:
+    def __init__(self, engine: Any, zero_stage: int, rank: int, world_size: int, group_of: dict[str, str]) -> None:
         # Nothing else is saved, so there may be nothing else that training changes or that starts from a file.
         assert not list(engine.module.buffers()) and all(p.requires_grad for p in engine.module.parameters())
         self._engine = engine
-        self._stage_3 = zero_stage == 3
-        self._rank = rank
+        self._stage = zero_stage
+        self._rank, self._world_size = rank, world_size
         self._group_of = group_of
 
     @functools.cached_property
@@ -43,49 +43,77 @@ class ShardedState:
 
     @functools.cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """The flat ranges of parameters that this rank owns; over all ranks they cover every parameter once."""
-        return tuple(piece for piece, _, _ in self._owned())
+        """The flat ranges of parameters that this rank writes; over all ranks they cover every parameter once."""
+        return tuple(piece for piece, _, _ in self._written())
 
     @property
     def size_bytes(self) -> int:
         """Size of a checkpoint, over all ranks."""
         return sum(math.prod(shape) for shape in self.shapes.values()) * len(KINDS) * FLOAT32_BYTES
 
-    def _owned(self) -> Iterator[tuple[Piece, Tensor, int]]:
-        """This rank's pieces, each with the flat fp32 tensor of the optimizer that holds it, and its offset there."""
+    def _held(self) -> Iterator[tuple[Piece, Tensor, int]]:
+        """What this rank holds of each parameter, with the master that it lies in, and its offset there."""
         optimizer = self._engine.optimizer
+        masters = self._whole_masters() if self._stage == 0 else {}
         for name, parameter in self._engine.module.named_parameters():
-            if self._stage_3:
+            if self._stage == 0:
+                start, stop, master, offset = 0, parameter.numel(), masters[parameter], 0
+            elif self._stage == 3:
                 group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
                 start = size * self._rank  # equal parts, the last ones padded
                 stop = min(start + size, parameter.ds_numel)
-                flat = optimizer.fp32_partitioned_groups_flat[group]
+                master = optimizer.fp32_partitioned_groups_flat[group]
             elif parameter._hp_mapping is None:
                 continue
             else:
                 mapping = parameter._hp_mapping
                 start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
                 stop = start + mapping.lp_fragment_address.numel
-                flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+                master = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
             if start < stop:
-                yield Piece(name, start, stop), flat, offset
+                yield Piece(name, start, stop), master, offset
 
-    def _flat_partitions(self) -> list[Tensor]:
-        """The flat fp32 tensors of the optimizer, each with one Adam state."""
+    def _written(self) -> Iterator[tuple[Piece, Tensor, int]]:
+        """`_held`, but where all ranks hold the same an equal part for each."""
+        for piece, master, offset in self._held():
+            if self._stage > 0:
+                yield piece, master, offset
+                continue
+            size = -(-piece.stop // self._world_size)
+            start, stop = size * self._rank, min(size * (self._rank + 1), piece.stop)
+            if start < stop:
+                yield Piece(piece.name, start, stop), master, start
+
+    def _masters(self) -> list[Tensor]:
+        """The fp32 tensors of the optimizer, each with one Adam state."""
         optimizer = self._engine.optimizer
-        stage_3 = self._stage_3
-        return optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups
+        if self._stage == 0:
+            return list(self._whole_masters().values())
+        return optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+
+    def _whole_masters(self) -> dict[Tensor, Tensor]:
+        """Parameter -> its master; in fp32 the parameter itself."""
+        optimizer = self._engine.optimizer
+        low = getattr(optimizer, "fp16_groups", None)
+        if low is None:
+            return {parameter: parameter for parameter in self._engine.module.parameters()}
+        return {p: master for group in zip(low, optimizer.fp32_groups) for p, master in zip(*group)}
+
+    @property
+    def _adam(self) -> torch.optim.AdamW:
+        """What DeepSpeed's optimizers are wrapped around; it stands alone at stage 0 in fp32."""
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
     def snapshot(self) -> tuple[dict[str, Tensor], Scalars]:
         """A copy, on the CPU, of this rank's part of the training state, for `shards.write_shard`."""
-        states = self._engine.optimizer.optimizer.state
+        states = self._adam.state
         tensors = {}
-        for piece, flat, offset in self._owned():
+        for piece, master, offset in self._written():
             for kind in KINDS:
-                source = flat if kind == "weight" else states[flat][kind]
-                part = source.detach().narrow(0, offset, piece.stop - piece.start)
+                source = master if kind == "weight" else states[master][kind]
+                part = source.detach().view(-1).narrow(0, offset, piece.stop - piece.start)
                 tensors[f"{kind}/{piece.name}"] = part.to("cpu", copy=True)
-        steps = {int(states[flat]["step"]) for flat in self._flat_partitions() if flat.numel()}
+        steps = {int(states[master]["step"]) for master in self._masters() if master.numel()}
         assert len(steps) <= 1, f"parts of the optimizer have counted different numbers of updates: {steps}"
         groups, group_of = self._groups()
         scalars = Scalars(
@@ -100,27 +128,36 @@ class ShardedState:
     def load(self, checkpoint: Checkpoint) -> None:
         """Restores weights, Adam moments and counters, written by any number of ranks at any ZeRO stage.
 
-        Every rank reads the slices that it owns now.
+        Every rank reads the slices that it holds now.
 
         Raises:
             UserError: a file that cannot be read, other parameters, or other settings of a parameter group.
         """
-        optimizer = self._engine.optimizer
-        states = optimizer.optimizer.state
+        states = self._adam.state
         with ShardReader(checkpoint) as reader:
             reader.check_parameters(self.shapes)
             self._check_groups(checkpoint, reader.scalars)
-            for flat in self._flat_partitions():
-                moments = {kind: states[flat].get(kind, torch.zeros_like(flat)) for kind in KINDS[1:]}
-                updates = torch.tensor(float(reader.scalars.optimizer_steps), device=flat.device)
-                states[flat] = {"step": updates, **moments}
-            for piece, flat, offset in self._owned():
+            for master in self._masters():
+                moments = {kind: states[master].get(kind, torch.zeros_like(master)) for kind in KINDS[1:]}
+                updates = torch.tensor(float(reader.scalars.optimizer_steps), device=master.device)
+                states[master] = {"step": updates, **moments}
+            for piece, master, offset in self._held():
                 for kind in KINDS:
-                    target = flat.detach() if kind == "weight" else states[flat][kind]
-                    target.narrow(0, offset, piece.stop - piece.start).copy_(reader.read(kind, piece))
+                    target = master.detach() if kind == "weight" else states[master][kind]
+                    part = target.view(-1).narrow(0, offset, piece.stop - piece.start)
+                    part.copy_(reader.read(kind, piece))
             self._engine.global_steps = reader.scalars.global_steps
             self._engine.skipped_steps = reader.scalars.skipped_steps
-        if self._stage_3:
+        self._masters_to_weights()
+
+    @torch.no_grad()
+    def _masters_to_weights(self) -> None:
+        """Writes the masters into the weights that the model computes with."""
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            for parameter, master in self._whole_masters().items():
+                parameter.copy_(master)
+        elif self._stage == 3:
             optimizer.checkpoint_event_prologue()  # parts again what is whole on every rank
             for flat, low in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat):
                 low.data.copy_(flat.data)

@@ -71,6 +71,8 @@ class Trainer:
         self.text_encoder = None
         if not config.data.text_features or config.samples.every:
             self.text_encoder = TextEncoder(config.text, self.device, self._frozen_dtype())
+        if config.samples.every:
+            self.text_encoder.check_fit(config.samples.prompts)
         self.token_losses = TokenLosses(config, engine, self.tokenizer.quantize, self.text_encoder, self.device)
         self.train_batches = TrainBatches(config, metadata, self.world_size)
         self.held_out = None

@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from star_dist.config import RunConfig, dump_config
+from star_dist.train.facts import read_events
 from tests.launcher.slurm_cluster import SlurmCluster, why_not
-from tests.train.runs import last_step, metrics, weights
+from tests.train.runs import last_step, metrics, train_on, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm")]
 
@@ -41,9 +42,17 @@ def cluster() -> Iterator[SlurmCluster]:
     shutil.rmtree(root)
 
 
+def site_file(folder: Path, *lines: str) -> Path:
+    """A site file as a user fills it in."""
+    path = folder / "site.sh"
+    text = (ROOT / "launcher/slurm/site.sh").read_text()
+    path.write_text("\n".join([f"PYTHON={sys.executable}", "export OMP_NUM_THREADS=1", *lines, text]))
+    return path
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A site file as a user fills it in; each node has a loader cache and a /dev/shm of its own, as real ones have."""
+    """For trainings; each node has a loader cache and a /dev/shm of its own, as real ones have."""
     wrapper = tmp_path / "on_node.sh"
     wrapper.write_text(
         "#!/bin/bash\n"
@@ -51,13 +60,7 @@ def site(tmp_path: Path) -> Path:
         f'"$@" data.local={tmp_path}/cache_$SLURMD_NODENAME\n'
     )
     wrapper.chmod(0o755)
-    path = tmp_path / "site.sh"
-    text = (ROOT / "launcher/slurm/site.sh").read_text()
-    path.write_text(
-        f"PYTHON={sys.executable}\nRANKS_PER_NODE=1\nIN_CONTAINER=({wrapper})\n"
-        f"export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1\n{text}"
-    )
-    return path
+    return site_file(tmp_path, "RANKS_PER_NODE=1", f"IN_CONTAINER=({wrapper})", "export GLOO_SOCKET_IFNAME=lo")
 
 
 def submit(cluster: SlurmCluster, site: Path, config: RunConfig, *options: str) -> str:
@@ -96,6 +99,11 @@ def start_again_at_once(cluster: SlurmCluster, job: str, config: RunConfig, rest
     wait_until(begun, f"started {restarts} times again", config)
 
 
+def ends(config: RunConfig) -> list[dict]:
+    """How the attempts of a run ended that could say so."""
+    return [event for event in read_events(Path(config.run_dir)) if event["event"] == "end"]
+
+
 def ranks_on(node: str) -> list[psutil.Process]:
     """The training processes of one of the nodes."""
     found = []
@@ -106,13 +114,13 @@ def ranks_on(node: str) -> list[psutil.Process]:
     return found
 
 
-def test_a_job_comes_back_after_a_signal_and_after_a_lost_node(
+def test_a_job_comes_back_after_a_signal_a_lost_node_and_a_cancelled_step(
     cluster: SlurmCluster, site: Path, run_config: Callable[..., RunConfig], dataset_folder: Path, tmp_path: Path
 ) -> None:
-    """SIGUSR1 as before a time limit, then SIGKILL of one node's ranks; the curve and the weights are those of a run
-    that nothing happened to."""
+    """SIGUSR1 as before a time limit, SIGKILL of one node's ranks, `scancel` of the step; the curve and the weights
+    are those of a run that nothing happened to."""
     sections = dict(
-        train={"steps": 70},
+        train={"steps": 80},
         checkpoint={"every": 8, "keep_last": 3},
         data={"remote": str(dataset_folder), "local": "set by each node"},
     )
@@ -121,20 +129,21 @@ def test_a_job_comes_back_after_a_signal_and_after_a_lost_node(
     wait_until(lambda: last_step(config) >= 10, "at step 10", config)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     start_again_at_once(cluster, job, config, restarts=1)
-    events = [json.loads(line) for line in (Path(config.run_dir) / "facts.jsonl").read_text().splitlines()]
-    end = next(event for event in events if event["event"] == "end")
+    end = ends(config)[-1]
     assert end["reason"].startswith("SIGUSR1") and end["step"] >= 10
 
     wait_until(lambda: last_step(config) >= end["step"] + 12, "12 steps later", config)
     for rank in ranks_on("n2"):
         rank.send_signal(signal.SIGKILL)
     start_again_at_once(cluster, job, config, restarts=2)
+
+    wait_until(lambda: last_step(config) >= end["step"] + 24, "24 steps later", config)
+    cluster.run("scancel", f"{job}.0")  # the training is a restarted job's first step
+    start_again_at_once(cluster, job, config, restarts=3)
     wait_until(lambda: cluster.job(job)["JobState"] == "COMPLETED", "completed", config)
 
-    undisturbed = run_config(run_dir=str(tmp_path / "undisturbed"), **sections)
-    other = submit(cluster, site, undisturbed, "train.omp_threads=1")
-    wait_until(lambda: cluster.job(other)["JobState"] == "COMPLETED", "completed", undisturbed)
-    assert metrics(config) == metrics(undisturbed)
+    undisturbed = run_config(**sections | {"run_dir": str(tmp_path / "undisturbed"), "data": {}})
+    assert metrics(config) == train_on(undisturbed, 2)
     found, expected = weights(config), weights(undisturbed)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -144,9 +153,9 @@ def test_a_job_comes_back_after_a_signal_and_after_a_lost_node(
         [sys.executable, "launcher/status.py", config.run_dir, "--json"], cwd=ROOT, capture_output=True, text=True
     )
     status = json.loads(result.stdout)
-    assert status["step"] == 70 and status["last_checkpoint"] == 70 and status["state"] == "ended: finished"
+    assert status["step"] == 80 and status["last_checkpoint"] == 80 and status["state"] == "ended: finished"
     reasons = [restart["reason"] for restart in status["restarts"]]
-    assert len(reasons) == 2 and reasons[0].startswith("SIGUSR1")
+    assert len(reasons) == 3 and reasons[0].startswith("SIGUSR1")
     assert status["restarts"][0]["lost_steps"] == 0 < status["lost_steps"] <= 20
     assert 0 < status["goodput"] < 1
 
@@ -160,3 +169,48 @@ def test_a_users_mistake_is_not_tried_again(
     log = next(Path(config.run_dir).glob("slurm-*.out")).read_text()
     assert "no tokenizer at /absent" in log and "preflight failed" in log
     assert cluster.job(job)["Restarts"] == "0"
+
+
+def test_the_jobs_before_and_after_a_training(
+    cluster: SlurmCluster,
+    prep_values: dict,
+    run_config: Callable[..., RunConfig],
+    tokenizer_folder: Path,
+    tmp_path: Path,
+) -> None:
+    """An array of tokenizations and what merges them; then evaluate and export, and sample from what was exported."""
+    environment = cluster.environment | {"STAR_SITE": str(site_file(tmp_path)), "STAR_REPO": str(ROOT)}
+
+    def sbatch(*arguments: str) -> str:
+        command = ["sbatch", "--parsable", f"--output={tmp_path}/%x-%j.out", *arguments]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    def script(name: str) -> str:
+        return str(ROOT / "launcher" / "slurm" / name)
+
+    def logs() -> str:
+        return "\n".join(path.read_text()[-2000:] for path in sorted(tmp_path.glob("*.out")))
+
+    def completed(job: str) -> bool:
+        state = cluster.job(job).get("JobState")
+        assert state in ("PENDING", "RUNNING", "COMPLETING", "COMPLETED"), f"{job} {state}:\n{logs()}"
+        return state == "COMPLETED"
+
+    config = run_config(train={"steps": 4}, validation={"every": 4, "num_samples": 8})
+    reported = train_on(config, 2)[4]
+    data = tmp_path / "data"
+    (tmp_path / "prep.json").write_text(json.dumps(prep_values | {"output": str(data)}))
+    array = sbatch("--array=0-1", script("tokenize.sbatch"), str(tmp_path / "prep.json"))
+    merge = sbatch(f"--dependency=afterok:{array}", script("merge.sbatch"), str(data))
+    export = sbatch(script("export.sbatch"), config.run_dir, "--out", str(tmp_path / "export"))
+    sample = [script("sample.sbatch"), str(tmp_path / "export"), "red heart", "--out", str(tmp_path / "heart.png")]
+    jobs = [merge, export, sbatch(f"--dependency=afterok:{export}", *sample)]
+    jobs.append(sbatch(script("evaluate.sbatch"), config.run_dir, "--out", str(tmp_path / "evaluation.json")))
+    for job in jobs:
+        wait_until(lambda: completed(job), "completed", config)  # noqa: B023
+    assert (data / "dataset.json").is_file()
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["validation/loss/total"] == pytest.approx(reported["validation/loss/total"], rel=1e-5)
+    assert (tmp_path / "heart.png").read_bytes().startswith(b"\x89PNG")

@@ -26,7 +26,9 @@ WEIGHT_TOLERANCE = 1e-6  # measured worst case 1.5e-8 in fp32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 3), (1, 2, 3), (2, 4, 3), (2, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize(
+    ("before", "after", "stage"), [(2, 1, 3), (1, 2, 3), (2, 4, 3), (2, 1, 1), (1, 2, 2), (1, 2, 0)]
+)
 def test_another_number_of_ranks_goes_on(
     run_config: MakeConfig, tmp_path: Path, before: int, after: int, stage: int
 ) -> None:

@@ -70,7 +70,7 @@ def config(name: str, *overrides: str) -> RunConfig:
 
 def test_zero_stages_share_what_they_share() -> None:
     parameters = size.parameter_count(config("d30.json").star_config())
-    for stage, parts in ((1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))):
+    for stage, parts in ((0, (1, 1, 1)), (1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))):
         state = state_bytes(config("d30.json", f"train.zero_stage={stage}"), 8)
         expected = [parameters * size / part for size, part in zip((2, 2, 12), parts)]
         assert list(state.values()) == pytest.approx(expected)

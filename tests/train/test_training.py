@@ -48,7 +48,7 @@ def test_loss_falls_and_everything_is_reported(run_config: MakeConfig) -> None:
     assert environment["world_size"] == 2 and environment["attention_kernel"].startswith("sdpa")
 
 
-@pytest.mark.parametrize("stage", [3, 1, 2])
+@pytest.mark.parametrize("stage", [3, 0, 1, 2])
 def test_step_is_the_same_however_the_global_batch_is_split(run_config: MakeConfig, tmp_path: Path, stage: int) -> None:
     """1 rank x 8, 1 x 2 x 4 micro-batches and 2 ranks x 2 x 2: the same losses and the same weights."""
     splits = [(1, 8), (1, 2), (2, 2)] if stage == 3 else [(2, 2)]
@@ -224,8 +224,9 @@ def test_weights_and_biases_offline(run_config: MakeConfig) -> None:
     assert b"loss/scale_4" in recorded.read_bytes()
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(run_config: MakeConfig) -> None:
-    config = run_config(train={"steps": 4})
+@pytest.mark.parametrize(("stage", "precision"), [(3, "fp32"), (0, "fp32"), (0, "bf16")])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(run_config: MakeConfig, stage: int, precision: str) -> None:
+    config = run_config(train={"steps": 4, "zero_stage": stage, "precision": precision})
 
     def poisoned() -> tuple[int, bool]:
         from star_dist.model.layout import PackedLayout
@@ -246,6 +247,24 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(run_config: MakeConfig
         return engine.skipped_steps, before is None or all(torch.equal(before[name], after[name]) for name in before)
 
     assert run_ranks(poisoned, 2) == [(1, True), (1, True)]
+
+
+def test_stage_0_in_bf16_goes_on_from_its_masters(run_config: MakeConfig, tmp_path: Path) -> None:
+    """Every rank keeps fp32 masters beside its bf16 weights; a resumed run has the same ones."""
+    results = []
+    for name, ends in (("undisturbed", [8]), ("resumed", [4, 8])):
+        for steps in ends:
+            config = run_config(
+                run_dir=str(tmp_path / name),
+                train={"steps": steps, "zero_stage": 0, "precision": "bf16"},
+                optimizer={"schedule": "constant"},
+            )
+            found = train_on(config, 2)
+        results.append((found, weights(config)))
+    (expected, whole), (found, resumed) = results
+    assert found == expected and sorted(found)[-1] == 8
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in whole.values())
 
 
 def test_validation_counts_every_held_out_sample_once(run_config: MakeConfig, tmp_path: Path) -> None:
