@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed.ops
 import deepspeed.runtime.zero.muon.muon_optimizer
 import streaming
+import torch
 import torch._inductor.lowering
 import transformers
 
@@ -91,6 +92,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     return Ranks(function, world_size, *arguments).results()
 
 
+def renew_thread_pool() -> None:
+    """For the first thread of a forked process: the pool of its parent is renewed at the first use, and the threads of
+    autograd, which begin together, would do it at the same moment ("Invalid thread pool!", PyTorch 2.15)."""
+    torch.set_num_threads(1)
+
+
 def _rank(
     sending: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple
 ) -> None:
@@ -102,6 +109,7 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    renew_thread_pool()
     try:
         sending.send((True, function(*arguments)))
     except BaseException:

@@ -20,6 +20,7 @@ import torch
 
 from star_dist.config import RunConfig
 from star_dist.train.facts import read_events, summarize
+from tests.ranks import renew_thread_pool
 from tests.train.runs import last_step, metrics, train, train_on, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -68,6 +69,7 @@ class Launcher:
         os.environ.update({name: str(value) for name, value in sizes.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
         sys.stderr = open(f"{config.run_dir}_rank_{rank}.log", "a")  # noqa: SIM115
+        renew_thread_pool()
         try:
             train(config)
         except BaseException:
@@ -83,7 +85,8 @@ class Launcher:
         victims = self.ranks
         if kind == "data worker":
             victims = self.workers
-        choice.choice(victims or self.ranks).kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker that has just ended with its epoch
+            choice.choice(victims or self.ranks).kill()
         _, alive = psutil.wait_procs(self.ranks, timeout=UNNOTICED_S)
         if alive:  # a worker that had nothing left to deliver
             choice.choice(alive).kill()
