@@ -1,6 +1,6 @@
 """The training loader: samples per second from local disk and from S3, against plain reads and against WebDataset.
 
-    python benchmarks/loader.py [--samples N] [--workers N] [--s3 s3://BUCKET/PREFIX] [--json FILE]
+    python benchmarks/loader.py [--quick] [--samples N] [--workers N] [--s3 s3://BUCKET/PREFIX] [--json FILE]
 
 Makes shards of d30's 256-pixel samples (680 tokens and a caption each) with random content. S3 is measured where
 --s3 names a prefix to upload to, with credentials and S3_ENDPOINT_URL from the environment. WebDataset reads the same
@@ -166,11 +166,13 @@ def upload(folder: Path, url: str) -> None:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("--samples", type=int, default=40_000, metavar="N", help="in the data set (default 40,000)")
+    parser.add_argument("--quick", action="store_true", help="2,048 samples")
+    parser.add_argument("--samples", type=int, metavar="N", help="in the data set (default 40,000)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes (default 2)")
     parser.add_argument("--s3", metavar="URL", help="prefix to upload the shards to and measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     arguments = parser.parse_args()
+    arguments.samples = arguments.samples or (2048 if arguments.quick else 40_000)
     if arguments.samples < 1024:
         raise UserError(f"--samples must be at least 1024, one global batch of d30; got {arguments.samples}")
     prepare_process_environment()

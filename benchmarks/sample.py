@@ -1,11 +1,11 @@
 """How fast pictures are drawn: by resolution and batch, share of every scale, against a naive sampler and the floor.
 
 `python benchmarks/sample.py --config configs/d30.json --batches 1,8,32 --json sample.json`; weights are random,
-which takes the same time as trained ones. The naive sampler computes all tokens so far again at every scale, in the
-same run with the same guidance. The floor is the larger of two times: all weights (and the cache) read once per scale
-at the measured copy bandwidth, and the FLOPs of both halves at the measured matrix-product rate. Every round times the
-matrix product, our sampler and the naive one after another; times and ratios are medians over rounds, so that what else
-the machine does falls on all of them.
+which takes the same time as trained ones. --quick draws with two blocks of the model, to see that it runs. The naive
+sampler computes all tokens so far again at every scale, in the same run with the same guidance. The floor is the
+larger of two times: all weights (and the cache) read once per scale at the measured copy bandwidth, and the FLOPs of
+both halves at the measured matrix-product rate. Every round times the matrix product, our sampler and the naive one
+after another; times and ratios are medians over rounds, so that what else the machine does falls on all of them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ OPTIONS = SamplingOptions(4.0, top_k=1)
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--config", default="configs/d16.json", help="run configuration that gives sizes and scales")
+    parser.add_argument("--quick", action="store_true", help="two blocks, one timed drawing")
     parser.add_argument("--batches", default="1", help="pictures drawn together, separated by commas (default 1)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="timed drawings, of which the median counts (default 5)")
@@ -60,7 +61,9 @@ def main() -> None:
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[arguments.dtype]
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    config = load_config(RunConfig, arguments.config)
+    config = load_config(RunConfig, arguments.config, ["model.depth=2"] if arguments.quick else [])
+    if arguments.quick:
+        arguments.repeats = 1
     schedule = config.schedule
     model = random_model(config, device, dtype)
     torch.manual_seed(0)

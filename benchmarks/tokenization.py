@@ -1,6 +1,6 @@
 """The tokenization job: pictures per second, and where the time goes, for tars and for a folder of the same pictures.
 
-    python benchmarks/tokenization.py [--pictures N] [--workers N …] [--tokenizer PATH] [--json FILE]
+    python benchmarks/tokenization.py [--quick] [--pictures N] [--workers N …] [--tokenizer PATH] [--json FILE]
 
 The pictures are JPEG files of 640 x 480 with the detail of photographs. Without --tokenizer the weights are random in
 the architecture of VAR's public tokenizer (a GPU) or a small one (a CPU): speed does not depend on what weights hold.
@@ -41,6 +41,7 @@ PICTURES_PER_TAR = 1000
 
 def main() -> None:
     parser = command_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="8 pictures, one thread")
     parser.add_argument("--pictures", type=int, help="how many (default: 5000 on a GPU, 64 on a CPU)")
     parser.add_argument("--workers", type=int, nargs="+", help="threads that decode (default: 1 and one per CPU)")
     parser.add_argument("--batch", type=int, default=64, help="pictures that the tokenizer takes at once (default 64)")
@@ -48,8 +49,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     arguments = parser.parse_args()
     device = chosen_device()
-    count = arguments.pictures or (5000 if device.type == "cuda" else 64)
-    workers = arguments.workers or sorted({1, os.cpu_count() or 1})
+    count = arguments.pictures or (8 if arguments.quick else 5000 if device.type == "cuda" else 64)
+    workers = arguments.workers or ([1] if arguments.quick else sorted({1, os.cpu_count() or 1}))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="star-dist-benchmark-") as temporary:
         root = Path(temporary)

@@ -161,7 +161,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             found += [Case(depth, resolution, config.schedule, batch, torch.bfloat16, mode) for depth in depths]
         elif resolution < 1024:
             batches = (1,) if quick or resolution > 256 else (1, 4)
-            found += [Case(8, resolution, config.schedule, batch, torch.float32, "none") for batch in batches]
+            depth = 4 if quick else 8
+            found += [Case(depth, resolution, config.schedule, batch, torch.float32, "none") for batch in batches]
     return found[:1] if quick and not on_gpu else found
 
 
@@ -175,7 +176,7 @@ def peak_flops(device: torch.device) -> float:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, fewer repeats")
     parser.add_argument("--against", choices=["dense"], help="also measure the step with a dense mask")
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="write a Chrome trace of the last case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")

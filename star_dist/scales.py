@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -66,7 +65,7 @@ class ScaleSchedule:
 
     def scales_within(self, tokens: int) -> int:
         """How many leading scales end within the first `tokens` tokens."""
-        return bisect_right(self.ends, tokens)
+        return sum(end <= tokens for end in self.ends)
 
     def resolution(self, downsampling: int) -> int:
         """Side in pixels of the picture, for a tokenizer that shrinks pictures `downsampling` times."""

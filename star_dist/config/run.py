@@ -130,6 +130,7 @@ class TrainSection(Section):
     init_from: an exported folder whose weights start the run (256 -> 512 -> 1024).
     activation_checkpointing: `selective` computes norms, GELU and rotations again in the backward pass, `full` all of
     each block; both save memory and change no result.
+    compile: torch.compile of every block, at ZeRO stages 0 to 2. The first step then takes a minute.
     scale_loss_power: a token of a scale of n tokens counts n**-power in the loss. 0 is the paper's cross-entropy; 1
     gives every scale the same say, so that layout and colours, which few tokens decide, are learned first.
     token_keep, token_drop_scales: share of tokens that training keeps of each of the last so many scales; 1 keeps all.
@@ -140,6 +141,7 @@ class TrainSection(Section):
     global_batch: Positive
     micro_batch: Positive
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
     caption_dropout: Fraction = 0.1
     scale_loss_power: Fraction = 0.0
     token_keep: float = Field(1.0, gt=0, le=1)
@@ -314,6 +316,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.token_drop_scales {self.train.token_drop_scales} is not less than the {len(self.scales)} "
                 f"scales; make it smaller"
+            )
+        if self.train.compile and self.train.zero_stage == 3:
+            raise ValueError(
+                "train.compile is true at train.zero_stage 3, where DeepSpeed gathers weights between the parts of a "
+                "block and every part would be compiled anew; set zero_stage to 0, 1 or 2, or compile to false"
+            )
+        if self.train.compile and self.train.activation_checkpointing == "selective":
+            raise ValueError(
+                "train.compile fuses the operations that train.activation_checkpointing selective tells apart; set "
+                "activation_checkpointing to none or full, or compile to false"
             )
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(

@@ -26,12 +26,18 @@ KERNELS = ("auto", "flash", "flex", "sdpa", "reference")
 """What `model.attention` may name."""
 
 
+class LayerContext(Protocol):
+    """What one block's attention layers attend to."""
+
+    def attend_image(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+    def attend_text(self, query: Tensor, key_value: Callable[[], KeyValue]) -> Tensor: ...
+
+
 class AttentionContext(Protocol):
-    """What a block's attention layers attend to: a packed batch in training, a growing cache in sampling."""
+    """What the blocks' attention layers attend to: a packed batch in training, a growing cache in sampling."""
 
-    def attend_image(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
-
-    def attend_text(self, layer: int, query: Tensor, key_value: Callable[[], KeyValue]) -> Tensor: ...
+    def of_layer(self, layer: int) -> LayerContext: ...
 
 
 class PackedAttention:
@@ -42,11 +48,15 @@ class PackedAttention:
         self.kernel = kernel
         self.text = kernel.prepare_text(layout, device) if layout.text_lengths else None
 
-    def attend_image(self, layer: int, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
+    def of_layer(self, layer: int) -> PackedAttention:
+        """The same for all, so that a compiled block serves every layer."""
+        return self
+
+    def attend_image(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
         """Block-causal attention; (T, H, d) -> (T, H, d)."""
         return self.kernel.block_causal(query_THd, key_THd, value_THd, self.layout)
 
-    def attend_text(self, layer: int, query_THd: Tensor, key_value: Callable[[], KeyValue]) -> Tensor:
+    def attend_text(self, query_THd: Tensor, key_value: Callable[[], KeyValue]) -> Tensor:
         """Attention to the sample's own text, keys and values (S, H, d); (T, H, d) -> (T, H, d)."""
         return self.kernel.cross(query_THd, *key_value(), self.layout, self.text)
 

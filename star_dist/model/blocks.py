@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from star_dist.model.attention import AttentionContext, KeyValue
+from star_dist.model.attention import KeyValue, LayerContext
 from star_dist.model.config import StarConfig
 from star_dist.model.qk_norm import rotate_and_normalize
 from star_dist.model.rope import Rotary
@@ -61,12 +61,12 @@ class SelfAttention(NormalizedHeads):
         super().__init__(config)
         self.mat_qkv = BiasedLinear(config.width, 3 * config.width)
 
-    def forward(self, x_TD: Tensor, *, layer: int, rotary: Rotary | None, context: AttentionContext) -> Tensor:
+    def forward(self, x_TD: Tensor, *, rotary: Rotary | None, context: LayerContext) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         query, key, value = map(self.split_heads, self.mat_qkv(x_TD, bias).chunk(3, dim=-1))
         query = rotate_and_normalize(query, rotary, self.query_factor_H1())
         key = rotate_and_normalize(key, rotary)
-        return self.proj(context.attend_image(layer, query, key, value).flatten(-2))
+        return self.proj(context.attend_image(query, key, value).flatten(-2))
 
 
 class CrossAttention(NormalizedHeads):
@@ -81,11 +81,11 @@ class CrossAttention(NormalizedHeads):
         key, value = map(self.split_heads, self.mat_kv(text_SC, bias).chunk(2, dim=-1))
         return rotate_and_normalize(key, None), value
 
-    def forward(self, x_TD: Tensor, text_SC: Tensor, *, layer: int, context: AttentionContext) -> Tensor:
+    def forward(self, x_TD: Tensor, text_SC: Tensor, *, context: LayerContext) -> Tensor:
         query = self.split_heads(self.mat_q(x_TD, self.q_bias))
         query = rotate_and_normalize(query, None, self.query_factor_H1())
         key_value: Callable[[], KeyValue] = lambda: self.text_key_value(text_SC)
-        return self.proj(context.attend_text(layer, query, key_value).flatten(-2))
+        return self.proj(context.attend_text(query, key_value).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -99,15 +99,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: StarConfig, layer: int) -> None:
+    def __init__(self, config: StarConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.attn = SelfAttention(config)
         self.cross_attn = CrossAttention(config) if config.cross_attention else None
         self.ffn = FeedForward(config)
 
-    def forward(self, x_TD: Tensor, text_SC: Tensor, *, rotary: Rotary | None, context: AttentionContext) -> Tensor:
-        x_TD = x_TD + self.attn(layer_norm(x_TD), layer=self.layer, rotary=rotary, context=context)
+    def forward(self, x_TD: Tensor, text_SC: Tensor, *, rotary: Rotary | None, context: LayerContext) -> Tensor:
+        x_TD = x_TD + self.attn(layer_norm(x_TD), rotary=rotary, context=context)
         if self.cross_attn is not None:
-            x_TD = x_TD + self.cross_attn(layer_norm(x_TD), text_SC, layer=self.layer, context=context)
+            x_TD = x_TD + self.cross_attn(layer_norm(x_TD), text_SC, context=context)
         return x_TD + self.ffn(layer_norm(x_TD))

@@ -45,20 +45,32 @@ class KeyValueCache:
         """
         self.start, self.end, self.rows = start, end, rows
 
-    def attend_image(self, layer: int, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
-        """Keeps the scale's keys and values, and attends to all kept ones; (T, H, d) -> (T, H, d)."""
-        query, key, value = (x.unflatten(0, (self.rows, -1)) for x in (query_THd, key_THd, value_THd))
-        keys, values = (kept[layer, : self.rows] for kept in (self.keys, self.values))
-        keys[:, self.start : self.end] = key
-        values[:, self.start : self.end] = value
-        return scaled_dot_product(query, keys[:, : self.end], values[:, : self.end]).flatten(0, 1)
+    def of_layer(self, layer: int) -> LayerCache:
+        return LayerCache(self, layer)
 
-    def attend_text(self, layer: int, query_THd: Tensor, key_value: Callable[[], KeyValue]) -> Tensor:
+
+class LayerCache:
+    """One layer's part of a cache."""
+
+    def __init__(self, cache: KeyValueCache, layer: int) -> None:
+        self.cache, self.layer = cache, layer
+
+    def attend_image(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
+        """Keeps the scale's keys and values, and attends to all kept ones; (T, H, d) -> (T, H, d)."""
+        cache = self.cache
+        query, key, value = (x.unflatten(0, (cache.rows, -1)) for x in (query_THd, key_THd, value_THd))
+        keys, values = (kept[self.layer, : cache.rows] for kept in (cache.keys, cache.values))
+        keys[:, cache.start : cache.end] = key
+        values[:, cache.start : cache.end] = value
+        return scaled_dot_product(query, keys[:, : cache.end], values[:, : cache.end]).flatten(0, 1)
+
+    def attend_text(self, query_THd: Tensor, key_value: Callable[[], KeyValue]) -> Tensor:
         """Attention to the row's own text; (T, H, d) -> (T, H, d)."""
-        cached = self.text[layer]
+        cache = self.cache
+        cached = cache.text[self.layer]
         if cached is None:
             key_SHd, value_SHd = key_value()
-            cached = self.text[layer] = key_SHd[self.text_index_RS], value_SHd[self.text_index_RS]
-        key, value = (kept[: self.rows] for kept in cached)
-        query = query_THd.unflatten(0, (self.rows, -1))
-        return scaled_dot_product(query, key, value, self.text_mask_R11S[: self.rows]).flatten(0, 1)
+            cached = cache.text[self.layer] = key_SHd[cache.text_index_RS], value_SHd[cache.text_index_RS]
+        key, value = (kept[: cache.rows] for kept in cached)
+        query = query_THd.unflatten(0, (cache.rows, -1))
+        return scaled_dot_product(query, key, value, cache.text_mask_R11S[: cache.rows]).flatten(0, 1)

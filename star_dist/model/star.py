@@ -48,7 +48,7 @@ class STAR(nn.Module):
         self.lvl_embed = nn.Embedding(len(config.scales), config.width)
         if config.positions == "learned":
             self.pos_embed = nn.Embedding(ScaleSchedule(config.scales).num_tokens, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_logits = Head(config.width, config.vocab_size)
 
     def start_token(self, pooled_BW: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ class STAR(nn.Module):
         return cosines[positions_T], sines[positions_T]
 
     def run_blocks(self, x_TD: Tensor, text_SW: Tensor, rotary: Rotary | None, context: AttentionContext) -> Tensor:
-        for block in self.blocks:
-            x_TD = run_block(block, self.recompute, x_TD, text_SW, rotary=rotary, context=context)
+        for layer, block in enumerate(self.blocks):
+            x_TD = run_block(block, self.recompute, x_TD, text_SW, rotary=rotary, context=context.of_layer(layer))
         return x_TD
 
     def forward(

@@ -29,7 +29,7 @@ FREE_SPACE_MARGIN = 1.1  # of a checkpoint's own size: other things grow on the 
 
 # What may change between a checkpoint and the run that goes on from it: nothing here changes what is computed from
 # the same position on, except train.steps, which stretches the learning-rate schedule, and train.micro_batch,
-# train.zero_stage and model.attention, which change the order of float sums.
+# train.zero_stage, train.compile and model.attention, which change the order of float sums.
 MAY_CHANGE = (
     "name",
     "run_dir",
@@ -55,6 +55,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.micro_batch",
     "train.activation_checkpointing",
+    "train.compile",
     "train.zero_stage",
     "train.init_from",
     "train.omp_threads",

@@ -58,6 +58,9 @@ class Engine:
                     parameter.copy_(initial_weights[name])
                 elif writes:
                     parameter.copy_(initial_value(name, parameter.shape, model.config, config.seed))
+        if config.train.compile:
+            for block in model.blocks:
+                block.compile()
         groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         group_of = {names[id(parameter)]: group["name"] for group in groups for parameter in group["params"]}

@@ -64,7 +64,7 @@ def forward_and_backward(kernel: Kernel, layout: PackedLayout, inputs: list[Tens
     """Output and the gradients of queries, keys and values."""
     *inputs, gradient = inputs
     leaves = [x.detach().requires_grad_() for x in inputs]
-    output = PackedAttention(layout, kernel, gradient.device).attend_image(0, *leaves)
+    output = PackedAttention(layout, kernel, gradient.device).attend_image(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
 
 
@@ -109,7 +109,7 @@ def test_text_attention_agrees_with_the_reference(kernel: Kernel) -> None:
 
     def run(kernel: Kernel) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-        output = PackedAttention(RAGGED, kernel, CPU).attend_text(0, leaves[0], lambda: (leaves[1], leaves[2]))
+        output = PackedAttention(RAGGED, kernel, CPU).attend_text(leaves[0], lambda: (leaves[1], leaves[2]))
         return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
 
     assert max(errors(run(kernel), run(ReferenceKernel()))) < 1e-12
@@ -359,7 +359,7 @@ def test_attention_never_makes_the_host_wait() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         results = forward_and_backward(kernel, layout, inputs)
-        text = PackedAttention(layout, kernel, device).attend_text(0, inputs[0], lambda: (inputs[1][:8], inputs[2][:8]))
+        text = PackedAttention(layout, kernel, device).attend_text(inputs[0], lambda: (inputs[1][:8], inputs[2][:8]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(x.isfinite().all() for x in (*results, text))

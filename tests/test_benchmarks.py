@@ -1,0 +1,80 @@
+"""Every benchmark at its smallest: it runs, and what it writes for scripts has numbers where they belong."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from star_dist.config import RunConfig, dump_config
+from tests.ranks import run_ranks
+from tests.s3 import S3Bucket
+
+pytestmark = pytest.mark.slow
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def results(name: str, path: Path, *arguments: str) -> dict[str, Any]:
+    """Runs a benchmark in a forked process, as `python benchmarks/NAME.py …` would; what it wrote with --json."""
+
+    def run() -> int | str | None:
+        sys.argv = [name, *arguments, "--json", str(path)]
+        sys.path.insert(0, str(FOLDER))
+        try:
+            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        except SystemExit as ended:
+            return ended.code
+        return 0
+
+    assert run_ranks(run, 1)[0] in (0, None)
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def small_config(run_config: Callable[..., RunConfig], tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(dump_config(run_config(train={"steps": 20})))
+    return str(path)
+
+
+def test_attention(tmp_path: Path) -> None:
+    rows = results("attention", tmp_path / "out.json", "--quick")["attention"]
+    assert {row["kernel"] for row in rows} >= {"dense mask", "sdpa"}
+    assert all(row["forward_ms"] > 0 and row["forward_speedup"] > 0 for row in rows)
+
+
+def test_train_step_against_dense_with_a_profile(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    found = results("train_step", tmp_path / "out.json", "--quick", "--against", "dense", "--profile", str(trace))
+    ours, dense = found["train_step"]
+    assert ours["step"] == "star-dist" and ours["speedup"] == pytest.approx(dense["step_s"] / ours["step_s"])
+    assert ours["memory_ratio"] < 1
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_sample(tmp_path: Path) -> None:
+    found = results("sample", tmp_path / "out.json", "--quick")
+    assert len(found["scales"]) == 10 and found["drawing"][0]["batch"] == 1
+
+
+def test_tokenization(tmp_path: Path) -> None:
+    found = results("tokenization", tmp_path / "out.json", "--quick")
+    assert found["pictures"] == 8 and {row["source"] for row in found["tokenization"]} == {"webdataset", "folder"}
+
+
+def test_loader_from_disk_and_from_s3(s3: S3Bucket, tmp_path: Path) -> None:
+    found = results("loader", tmp_path / "out.json", "--quick", "--s3", f"{s3.url}/set")
+    names = [row["what"] for row in found["loader"]]
+    assert names[-2:] == ["star-dist, S3, cold cache", "star-dist, S3, warm cache"]
+    assert all(row["samples_per_s"] > 0 for row in found["loader"])
+
+
+def test_zero(small_config: str, tmp_path: Path) -> None:
+    found = results("zero", tmp_path / "out.json", "--quick", "--ranks", "1", "--config", small_config)
+    assert found["ranks"] == 1 and found["zero"][0]["pictures/s"] > 0 and found["zero"][0]["setting"] == "3"
