@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from star_dist.errors import RunEnded, UserError
+from star_dist.errors import RunEnded, Unreachable, UserError
 
-# Exit codes of all commands beside 0. launcher/slurm/ranks.sh reads them: it requeues on PREEMPTED, gives up on
-# USER_ERROR and INTERRUPTED, and tries again, a limited number of times, on everything else.
-USER_ERROR_EXIT = 2
+# Exit codes of all commands beside 0. launcher/retry.py reads them: once more after PREEMPTED, never after USER_ERROR
+# and INTERRUPTED, and a limited number of times after everything else.
+USER_ERROR_EXIT = UserError.exit_code
+UNREACHABLE_EXIT = Unreachable.exit_code  # a store or the network: no mistake of a user
 HANG_EXIT = 70  # EX_SOFTWARE of sysexits.h: the watchdog ended a training that stood still
 PREEMPTED_EXIT = 75  # EX_TEMPFAIL of sysexits.h: saved on SIGUSR1 or SIGTERM, and wants to go on
 INTERRUPTED_EXIT = 130  # Ctrl-C, as shells have it; a training has saved before
@@ -21,7 +22,7 @@ OTHER_RANKS_WAIT_S = 10
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command's `main` and exits: 0, 2 with `error: …` on stderr for what the user can mend, or as asked."""
+    """Runs a command's `main` and exits: 0, 2 or 69 with `error: …` on stderr for a UserError, or as asked."""
     try:
         main()
     except UserError as error:
@@ -30,7 +31,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             # The first rank of the host has most likely found the same; the launcher then ends this one as it waits.
             time.sleep(OTHER_RANKS_WAIT_S)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_EXIT)
+        sys.exit(error.exit_code)
     except RunEnded as ended:
         if os.environ.get("RANK", "0") == "0":
             print(ended, file=sys.stderr, flush=True)

@@ -2,7 +2,18 @@
 
 
 class UserError(ValueError):
-    """A mistake in input, configuration or files; the message says what was found and what to change."""
+    """A mistake in input, configuration or files; the message says what was found and what to change.
+
+    exit_code: how a command ends with it (see `star_dist.cli`).
+    """
+
+    exit_code = 2
+
+
+class Unreachable(UserError):
+    """Something outside cannot be reached or written now: the same command may succeed later."""
+
+    exit_code = 69  # EX_UNAVAILABLE of sysexits.h
 
 
 class RunEnded(Exception):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,6 +51,43 @@ def write_text_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+_reported: set[str] = set()  # what this process has warned of
+
+
+@contextlib.contextmanager
+def training_goes_on(path: Path) -> Iterator[None]:
+    """For what only reports on a training: an OSError inside becomes a warning, once per file, and ends nothing."""
+    try:
+        yield
+    except OSError as error:
+        if str(path) not in _reported:
+            _reported.add(str(path))
+            reason = error.strerror or str(error)
+            print(f"warning: cannot write {path}: {reason}; going on without", file=sys.stderr, flush=True)
+
+
+def append_json_line(path: Path, values: dict[str, Any]) -> None:
+    """Adds one object to a JSONL file that reports on a training; see `training_goes_on`."""
+    with training_goes_on(path), path.open("a") as file:
+        file.write(("" if _ends_with_a_line(path) else "\n") + json.dumps(values) + "\n")
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    """False where a kill or a full disk has cut the last line short."""
+    if not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk where a folder is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def try_lock(path: Path) -> IO[str] | None:

@@ -11,12 +11,12 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 
 S3_SCHEME = "s3://"
 ENDPOINT_VARIABLE = "S3_ENDPOINT_URL"
@@ -24,6 +24,7 @@ CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 ATTEMPTS = 8  # with growing pauses, about a minute of a store that answers 503
 CONNECTIONS = 64
+DELETED_AT_ONCE = 1000  # the most that S3 takes in one request
 UNFINISHED_FOLDER = ".unfinished"  # inside a local store, so that whatever a kill leaves is in one place
 
 REFUSALS = {
@@ -38,6 +39,7 @@ REFUSALS = {
     "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_DEFAULT_REGION",
     "InvalidBucketName": "that is no bucket name; change the URL",
 }
+BUSY_CODES = frozenset({"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "InternalError"})
 ABSENT_CODES = frozenset({"NoSuchKey", "404", "NotFound"})
 
 
@@ -52,7 +54,8 @@ class StoredObject:
 class ObjectStore(Protocol):
     """Objects under a URL, by name. Threads may share one; processes forked from its owner may use it too.
 
-    A name that does not exist is a FileNotFoundError; whatever else goes wrong with S3, after retries, is a UserError.
+    A name that does not exist is a FileNotFoundError; whatever else goes wrong with S3, after retries, is a UserError:
+    Unreachable where the store or the network may be well again later.
     An object appears complete or not at all.
     """
 
@@ -168,6 +171,16 @@ class S3Store:
         self.region = region
         self._client: tuple[int, Any] | None = None
 
+    def folders(self) -> Iterator[str]:
+        """Names before the first slash, once each."""
+        with self._explained("list", ""):
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self.prefix, Delimiter="/"
+            )
+            for page in pages:
+                for entry in page.get("CommonPrefixes", ()):
+                    yield entry["Prefix"].removeprefix(self.prefix).rstrip("/")
+
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
         with self._explained("list", prefix):
             pages = self.client.get_paginator("list_objects_v2").paginate(
@@ -181,6 +194,12 @@ class S3Store:
     def read(self, name: str) -> bytes:
         with self._explained("read", name):
             return self._read_with_retries(name)
+
+    def read_start(self, name: str) -> bytes:
+        """The first bytes of an object, which show that it can be read."""
+        with self._explained("read", name):
+            answer = self.client.get_object(Bucket=self.bucket, Key=self.prefix + name, Range="bytes=0-99")
+            return answer["Body"].read()
 
     def download(self, name: str, path: Path) -> None:
         with self._explained("read", name), _replaced(path) as partial:
@@ -201,6 +220,22 @@ class S3Store:
         except FileNotFoundError:
             return False
         return True
+
+    def copy(self, name: str, target: str) -> None:
+        """Copies an object to another name on the server."""
+        with self._explained("copy", name):
+            source = {"Bucket": self.bucket, "Key": self.prefix + name}
+            self.client.copy(source, self.bucket, self.prefix + target)
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Removes objects, as many with one request as S3 allows."""
+        for start in range(0, len(names), DELETED_AT_ONCE):
+            batch = names[start : start + DELETED_AT_ONCE]
+            with self._explained("delete", batch[0]):
+                objects = {"Objects": [{"Key": self.prefix + name} for name in batch], "Quiet": True}
+                answer = self.client.delete_objects(Bucket=self.bucket, Delete=objects)
+            for failure in answer.get("Errors", ()):
+                raise Unreachable(f"cannot delete {S3_SCHEME}{self.bucket}/{failure['Key']}: {failure.get('Code')}")
 
     def discard_unfinished(self) -> None:
         """Nothing is visible; parts of cut uploads go by the bucket's own rule (AbortIncompleteMultipartUpload)."""
@@ -268,18 +303,23 @@ class S3Store:
 
         where = f"{self.url}/{name}"
         at = f" (endpoint {self.endpoint})" if self.endpoint else ""
+        kind = UserError
         if isinstance(error, broken.NoCredentialsError | broken.PartialCredentialsError):
             reason = "there are no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         elif isinstance(error, broken.EndpointConnectionError | broken.ConnectTimeoutError):
+            kind = Unreachable
             reason = f"the store cannot be reached; check the endpoint ({ENDPOINT_VARIABLE}) and the network"
         elif isinstance(error, broken.ClientError):
             code = str(error.response.get("Error", {}).get("Code", "unknown"))
             if code in ABSENT_CODES:
                 raise FileNotFoundError(2, os.strerror(2), where) from None
-            reason = REFUSALS.get(code, f"the store answered {code}")
+            reason = f"{REFUSALS[code]} ({code})" if code in REFUSALS else f"the store answered {code}"
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            kind = Unreachable if status >= 500 or code in BUSY_CODES else UserError
         else:
+            kind = Unreachable
             reason = f"{type(error).__name__} after {ATTEMPTS} attempts; try again when the store answers"
-        raise UserError(f"cannot {action} {where}{at}: {reason}") from None
+        raise kind(f"cannot {action} {where}{at}: {reason}") from None
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from star_dist.errors import UserError
 from star_dist.files import read_json_lines, try_lock, write_text_atomically
 
 LOCK_FILE = "lock"
+CONFIG_FILE = "config.json"  # of the training that runs or ran last
+SUBMITTED_CONFIG_FILE = "submitted_config.json"  # of the job that launcher/submit.py wrote
 METRICS_FILE = "metrics.jsonl"
 
 

@@ -13,10 +13,10 @@ from star_dist.config import RunConfig, dump_config
 from star_dist.environment import git_commit
 from star_dist.errors import UserError
 from star_dist.files import write_text_atomically
+from star_dist.run_folder import SUBMITTED_CONFIG_FILE
 from star_dist.train.checkpoint import CheckpointFolder, check_same_run
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIG_FILE = "submitted_config.json"
 SCRIPT_FILE = "submit.sh"
 ENVIRONMENT_FILE = "submission.json"
 
@@ -38,7 +38,7 @@ class Submission:
         """
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(self.run_dir / CONFIG_FILE, dump_config(self.config) + "\n")
+            write_text_atomically(self.run_dir / SUBMITTED_CONFIG_FILE, dump_config(self.config) + "\n")
             facts = {"git_commit": self.commit, "repository": str(REPOSITORY)}
             write_text_atomically(self.run_dir / ENVIRONMENT_FILE, json.dumps(facts, indent=2) + "\n")
             write_text_atomically(self.run_dir / SCRIPT_FILE, self.script)
@@ -72,7 +72,7 @@ def prepare_submission(config: RunConfig, options: list[str]) -> Submission:
         f"--job-name={config.name}",
         f"--output={run_dir}/slurm-%j.out",
         str(REPOSITORY / "launcher" / "slurm" / "train.sbatch"),
-        str(run_dir / CONFIG_FILE),
+        str(run_dir / SUBMITTED_CONFIG_FILE),
     ]
     script = "\n".join(
         [

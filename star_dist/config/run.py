@@ -169,7 +169,8 @@ class CheckpointSection(Section):
     """every: steps between checkpoints; the last step always writes one. keep_last: older complete ones are removed,
     but for those of a step that is a multiple of `keep_every` (0: for none).
 
-    remote: `s3://bucket/prefix` to hold them in place of RUN/checkpoints.
+    remote: `s3://bucket/prefix` to hold them in place of RUN/checkpoints. s3_endpoint_url, s3_region: of that store;
+    null takes the environment's, and never those of the data section.
     background: training goes on while the files are written; the last step's and those before an exit wait.
     on_damaged: `refuse` ends the start with a message when the newest one is damaged, `previous` takes the one before.
     resume_step: `null` takes the newest complete checkpoint of the run folder. A number goes back to that one and sets
@@ -180,6 +181,8 @@ class CheckpointSection(Section):
     keep_last: Positive = 3
     keep_every: Count = 0
     remote: Annotated[str, Field(pattern=r"^s3://[^/]+")] | None = None
+    s3_endpoint_url: str | None = None
+    s3_region: str | None = None
     background: bool = True
     on_damaged: Literal["refuse", "previous"] = "refuse"
     resume_step: Count | None = None

@@ -19,9 +19,7 @@ from torch.utils.data import DataLoader
 from star_dist.config import RunConfig
 from star_dist.data.dataset import SHARD_ADVICE, CaptionedTokens, MicroBatch, collate
 from star_dist.data.schema import DatasetMetadata
-from star_dist.errors import UserError
-
-WORKER_ERROR_PREFIX = f"{UserError.__module__}.{UserError.__qualname__}: "
+from star_dist.errors import Unreachable, UserError
 
 
 class TrainBatches:
@@ -86,11 +84,13 @@ class TrainBatches:
                 try:
                     samples = next(batches)
                 except UserError as error:  # a loader worker sends it with its traceback before the message
-                    raise UserError(str(error).strip().splitlines()[-1].removeprefix(WORKER_ERROR_PREFIX)) from None
+                    kind = type(error)
+                    prefix = f"{kind.__module__}.{kind.__qualname__}: "
+                    raise kind(str(error).strip().splitlines()[-1].removeprefix(prefix)) from None
                 except RuntimeError as error:
                     if "timed out" not in str(error):
                         raise
-                    raise UserError(
+                    raise Unreachable(
                         f"no batch from {self.dataset.place} within data.batch_timeout_s {self.loader.timeout:.0f} s; "
                         f"{SHARD_ADVICE}"
                     ) from None

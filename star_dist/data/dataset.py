@@ -25,7 +25,7 @@ from star_dist.data.fetch import check_local_shards
 from star_dist.data.schema import DatasetMetadata, decode_captions, decode_features, decode_tokens
 from star_dist.data.shared_memory import one_number_for_all_ranks, record_segments
 from star_dist.data.streams import CorruptShard, build_streams
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from star_dist.scales import ScaleSchedule
 
 CORRUPT_MARK = ".corrupt"
@@ -120,7 +120,8 @@ class CaptionedTokens(StreamingDataset):
         yield from super().__iter__()
         if self.failure is not None:
             reason = str(self.failure).strip().splitlines() or [type(self.failure).__name__]
-            raise UserError(f"cannot read the data set at {self.place}: {reason[0]}; {SHARD_ADVICE}")
+            kind = UserError if isinstance(self.failure, CorruptShard) else Unreachable
+            raise kind(f"cannot read the data set at {self.place}: {reason[0]}; {SHARD_ADVICE}")
 
     def on_exception(self, future: Future) -> None:
         """Keeps what a download thread died of: the library would end the epoch early and say nothing."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from star_dist.config import CheckpointSection, RunConfig, dump_config
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from star_dist.run_folder import differences
 from star_dist.train.places import LocalPlace, Place, S3Place
 
@@ -80,17 +80,27 @@ class Checkpoint:
         return f"{self.place}/{self.folder}"
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are not those that its marker promises."""
+
+
+def shard_name(rank: int) -> str:
+    return f"shard_{rank:05d}.safetensors"
+
+
 class CheckpointFolder:
     """All checkpoints of a run.
 
     Raises:
-        UserError: from any method, the place cannot be reached or read.
+        UserError: from any method, the place cannot be reached (`Unreachable`) or read.
     """
 
     def __init__(self, run_dir: Path, options: CheckpointSection | None = None) -> None:
         self.options = options or CheckpointSection()
         remote = self.options.remote
-        self.place: Place = LocalPlace(run_dir / "checkpoints") if remote is None else S3Place(remote)
+        self.place: Place = LocalPlace(run_dir / "checkpoints")
+        if remote is not None:
+            self.place = S3Place(remote, self.options.s3_endpoint_url, self.options.s3_region)
 
     @staticmethod
     def name(step: int) -> str:
@@ -98,11 +108,15 @@ class CheckpointFolder:
 
     def complete_steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
+        return [step for step, complete in self._steps() if complete]
+
+    def _steps(self) -> list[tuple[int, bool]]:
+        """Every step that has a folder, oldest first, and whether it is complete."""
         try:
             matches = (re.fullmatch(r"step_(\d{8,})", name) for name in self.place.folders())
-            return sorted(int(match[1]) for match in matches if match and MARKER in self.place.files(match[0]))
+            return sorted((int(match[1]), MARKER in self.place.files(match[0])) for match in matches if match)
         except OSError as error:
-            raise UserError(f"cannot list the checkpoints at {self.place}: {error}") from None
+            raise Unreachable(f"cannot list the checkpoints at {self.place}: {error}") from None
 
     def find(self, step: int | None, *, at_most: int | None = None) -> Checkpoint | None:
         """The checkpoint of a step, or with None the newest complete one (of step `at_most` or before), if any.
@@ -116,12 +130,12 @@ class CheckpointFolder:
         if step is not None:
             if step not in steps:
                 raise UserError(f"checkpoint.resume_step is {step}, but {self.place} has complete checkpoints {steps}")
-            return self._open(step)
+            return self.open(step)
         damage = None
         for candidate in reversed(steps):
             try:
-                return self._open(candidate)
-            except UserError as error:
+                return self.open(candidate)
+            except DamagedCheckpoint as error:
                 if self.options.on_damaged == "refuse":
                     raise
                 damage = damage or error
@@ -129,7 +143,12 @@ class CheckpointFolder:
             raise damage
         return None
 
-    def _open(self, step: int) -> Checkpoint:
+    def open(self, step: int) -> Checkpoint:
+        """The complete checkpoint of a step.
+
+        Raises:
+            DamagedCheckpoint: a file is missing or cut short, or the marker is none.
+        """
         folder = self.name(step)
         others = [other for other in self.complete_steps() if other != step]
         advice = (
@@ -145,14 +164,14 @@ class CheckpointFolder:
                 self.place, folder, step, marker["world_size"], marker["tokenizer_hash"], marker["config"]
             )
         except OSError as error:
-            raise UserError(f"cannot read checkpoint {self.place}/{folder}: {error}; {advice}") from None
+            raise Unreachable(f"cannot read checkpoint {self.place}/{folder}: {error}; {advice}") from None
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{MARKER} is no marker of this version ({type(error).__name__}: {error})"
-            raise UserError(f"checkpoint {self.place}/{folder} is damaged: {reason}; {advice}") from None
+            raise DamagedCheckpoint(f"checkpoint {self.place}/{folder} is damaged: {reason}; {advice}") from None
         for name, size in expected.items():
             if sizes.get(name) != size:
                 state = f"has {sizes[name]} bytes" if name in sizes else "is missing"
-                raise UserError(
+                raise DamagedCheckpoint(
                     f"checkpoint {checkpoint.path} is damaged: {name} {state}, its marker says {size}; {advice}"
                 )
         return checkpoint
@@ -176,13 +195,20 @@ class CheckpointFolder:
         """Writes the marker, after all ranks have written their files.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written, or a rank's file is not there.
         """
+        files = self.place.files(self.name(step))
+        missing = [name for name in (INDEX, *map(shard_name, range(world_size))) if name not in files]
+        if missing:
+            raise OSError(
+                f"{len(missing)} of {world_size + 1} files are not at {self.place}/{self.name(step)}, such as "
+                f"{missing[0]}; all nodes must write to the same place"
+            )
         marker = {
             "step": step,
             "world_size": world_size,
             "tokenizer_hash": tokenizer_hash,
-            "files": self.place.files(self.name(step)),
+            "files": files,
             "config": json.loads(dump_config(config)),
         }
         with self.place.writing(self.name(step), MARKER) as path:
@@ -199,11 +225,17 @@ class CheckpointFolder:
     def prune(self) -> None:
         """Removes all complete checkpoints but the newest `keep_last` and those of every `keep_every` steps.
 
+        What killed saves have left before the newest complete one goes, too.
+
         Raises:
             OSError: one cannot be removed.
         """
-        for step in self.complete_steps()[: -self.options.keep_last]:
-            if not self.options.keep_every or step % self.options.keep_every:
+        steps = self._steps()
+        complete = [step for step, is_complete in steps if is_complete]
+        kept = {step for step in complete if self.options.keep_every and step % self.options.keep_every == 0}
+        kept |= set(complete[-self.options.keep_last :])
+        for step, _ in steps:
+            if step not in kept and step < complete[-1]:
                 self.place.remove(self.name(step), first=MARKER)
 
     def set_aside_after(self, step: int) -> list[str]:

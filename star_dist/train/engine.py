@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from star_dist.model.initialization import initial_value
 from star_dist.model.kernels.base import KernelUnavailable
 from star_dist.model.star import STAR
 from star_dist.process import ProcessInfo
+from star_dist.train.control import TIMEOUT
 from star_dist.train.optim import build_optimizer, parameter_groups
 from star_dist.train.sharded_state import ShardedState
 
@@ -43,7 +45,8 @@ class Engine:
         self.process = process
         self.device = _device(process)
         self.attention = _attention_kernel(config, self.device)
-        _initialize_process_group()
+        timeout = collective_timeout(config)
+        _initialize_process_group(timeout)
         settings = config.deepspeed_config(process.world_size)
         partitioned = config.train.zero_stage == 3
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=partitioned):
@@ -68,6 +71,7 @@ class Engine:
         clips = config.train.zero_stage == 0 and config.train.precision == "fp32"
         optimizer = build_optimizer(groups, config.optimizer, clips)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        _set_timeout_of_all_groups(timeout)
         self.state = ShardedState(self._engine, config.train.zero_stage, process.rank, process.world_size, group_of)
 
     @property
@@ -142,6 +146,7 @@ class Engine:
         return weights if self.process.rank == 0 else None
 
     def close(self) -> None:
+        """Ends the traffic between ranks, in order: all must have come to the same place."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -172,10 +177,25 @@ def _device(process: ProcessInfo) -> torch.device:
     return torch.device("cuda", process.local_rank)
 
 
-def _initialize_process_group() -> None:
+def collective_timeout(config: RunConfig) -> timedelta:
+    """How long ranks wait for one another: longer than the watchdog does, which says more about a hang."""
+    if not config.health.hang_timeout_s:
+        return TIMEOUT
+    return max(timedelta(seconds=2 * config.health.hang_timeout_s), torch.distributed.default_pg_timeout)
+
+
+def _set_timeout_of_all_groups(timeout: timedelta) -> None:
+    """DeepSpeed makes groups of its own, with PyTorch's default of ten minutes on NCCL."""
+    c10d = torch.distributed.distributed_c10d
+    set_timeout = getattr(torch.distributed, "set_timeout", None) or c10d._set_pg_timeout  # public since 2.15
+    for group in list(c10d._world.pg_map):
+        set_timeout(timeout, group)
+
+
+def _initialize_process_group(timeout: timedelta) -> None:
     if torch.cuda.is_available():
-        deepspeed.init_distributed("nccl")
+        deepspeed.init_distributed("nccl", timeout=timeout)
         return
     # DeepSpeed's shared-memory op for CPUs compiles for half a minute and leaks /dev/shm (deepspeed-notes.md).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed("gloo", timeout=timeout)

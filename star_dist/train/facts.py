@@ -6,8 +6,11 @@ Imports no torch, because status and retry commands read it. One event per line;
     checkpoint  step, train_s (seconds of this attempt that went into steps)
     save_failed, spike, rollback
     end         step, train_s, reason: an attempt that ended in order, or by an error it could still report;
-                exit_code: in order, else null
+                exit_code: in order or by a user's mistake, else null
+    mistake     rank, reason, exit_code: the UserError of a rank that wrote no `end`, such as before the start
     failed      exit_code: written by launcher/retry.py after an attempt
+
+A disk that is full costs events, and never the training.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from star_dist.errors import RunEnded
-from star_dist.files import read_json_lines, write_text_atomically
+from star_dist.errors import RunEnded, UserError
+from star_dist.files import append_json_line, read_json_lines, training_goes_on, write_text_atomically
 from star_dist.run_folder import METRICS_FILE
 
 FACTS_FILE = "facts.jsonl"
@@ -32,27 +35,42 @@ HEARTBEAT_S = 5.0
 
 
 class FactsLog:
-    """Writes events on rank 0; on other ranks it does nothing."""
+    """Writes events on rank 0; on other ranks it writes their mistakes alone."""
 
-    def __init__(self, run_dir: Path, *, enabled: bool) -> None:
+    def __init__(self, run_dir: Path, rank: int) -> None:
         self._run_dir = run_dir
-        self._enabled = enabled
+        self._rank = rank
+        self._enabled = rank == 0
+        self._started = False
         self._beat_s = 0.0
         self._last_end_s = time.perf_counter()
         self._train_s = 0.0
         self._train_s_at: dict[int, float] = {}  # by step of a checkpoint
         self._step = 0
-        self._last_step = last_known_step(run_dir) if enabled else 0  # before reports of lost steps are removed
+        self._last_step = last_known_step(run_dir) if rank == 0 else 0  # before reports of lost steps are removed
 
     def write(self, event: str, **values: Any) -> None:
         if self._enabled:
             append_event(self._run_dir, event, **values)
 
     @contextlib.contextmanager
+    def mistakes(self) -> Iterator[None]:
+        """Writes the UserError inside down, where no `end` says it: a launcher may lose a rank's exit code."""
+        try:
+            yield
+        except UserError as error:
+            if not (self._enabled and self._started):
+                append_event(
+                    self._run_dir, "mistake", rank=self._rank, reason=_first_line(error), exit_code=error.exit_code
+                )
+            raise
+
+    @contextlib.contextmanager
     def attempt(self, step: int, ranks: int) -> Iterator[None]:
         """What happens inside trains from `step` on; how it ended is written down, where it can still be."""
         self._step = step
         self._last_end_s = time.perf_counter()
+        self._started = True
         if self._enabled:
             last = max(step, self._last_step)
             job = os.environ.get("SLURM_JOB_ID")
@@ -60,11 +78,8 @@ class FactsLog:
         try:
             yield
         except BaseException as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if isinstance(error, RunEnded):
-                self._end(reason, error.exit_code)
-            else:
-                self._end(f"error: {reason}")
+            reason = _first_line(error) if isinstance(error, RunEnded) else f"error: {_first_line(error)}"
+            self._end(reason, error.exit_code if isinstance(error, RunEnded | UserError) else None)
             raise
         self._end("finished", exit_code=0)
 
@@ -84,7 +99,8 @@ class FactsLog:
         if self._enabled and now - self._beat_s > HEARTBEAT_S:
             self._beat_s = now
             values = {"step": step, "train_s": self._train_s, "time": time.time()}
-            write_text_atomically(self._run_dir / HEARTBEAT_FILE, json.dumps(values))
+            with training_goes_on(self._run_dir / HEARTBEAT_FILE):
+                write_text_atomically(self._run_dir / HEARTBEAT_FILE, json.dumps(values))
 
     def pause_ended(self) -> None:
         """What was done since the last step (saving, validating, drawing) is no training."""
@@ -106,9 +122,8 @@ class FactsLog:
 
 
 def append_event(run_dir: Path, event: str, **values: Any) -> None:
-    """Adds one event to the facts of a run."""
-    with (run_dir / FACTS_FILE).open("a") as file:
-        file.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
+    """Adds one event to the facts of a run, where they can be written."""
+    append_json_line(run_dir / FACTS_FILE, {"event": event, "time": time.time(), **values})
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
@@ -190,14 +205,23 @@ def failures_without_progress(run_dir: Path) -> int:
 
 
 def exit_code_since(run_dir: Path, time_s: float) -> int | None:
-    """The exit code of an attempt that ended in order after a moment; None if none did.
+    """The exit code of an attempt that ended after a moment, in order or by a user's mistake; None if none did.
 
     A launcher or srun may report another one, because it ends the last ranks itself as soon as the first are gone.
     """
-    codes = [
-        event["exit_code"] for event in read_events(run_dir) if event["event"] == "end" and event["time"] >= time_s
-    ]
-    return codes[-1] if codes else None
+    events = [event for event in read_events(run_dir) if event["time"] >= time_s]
+    codes = [event["exit_code"] for event in events if event["event"] in ("end", "mistake")]
+    return next((code for code in reversed(codes) if code is not None), None)
+
+
+def ended_in_order(run_dir: Path) -> bool:
+    """Whether the last attempt said itself that it was asked to end; nodes are not to blame then."""
+    ends = [event for event in read_events(run_dir) if event["event"] in ("start", "end", "failed")]
+    return bool(ends) and ends[-1].get("exit_code") is not None and ends[-1]["event"] == "end"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _reason(attempt: list[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from star_dist.config import RunConfig, dump_config
 from star_dist.errors import UserError
+from star_dist.files import append_json_line, training_goes_on
 from star_dist.run_folder import METRICS_FILE, keep_metrics_up_to
 
 # Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (without sparsity).
@@ -29,6 +30,10 @@ GPU_PEAK_TFLOPS = {
 }
 
 
+# The training's step as a value of its own: W&B's counter only grows, and drops what comes again after a rollback.
+WANDB_STEP = "step"
+
+
 class MetricsLog:
     """Writes one line per report on rank 0; on other ranks it does nothing.
 
@@ -41,7 +46,7 @@ class MetricsLog:
         if not enabled:
             return
         self.run_dir = run_dir
-        self._open(first_step)
+        keep_metrics_up_to(first_step, run_dir)
         self.bar = tqdm(
             total=config.train.steps,
             initial=first_step,
@@ -51,15 +56,11 @@ class MetricsLog:
         )
         self.wandb = _start_wandb(config, run_dir)
 
-    def _open(self, first_step: int) -> None:
-        keep_metrics_up_to(first_step, self.run_dir)
-        self.file = (self.run_dir / METRICS_FILE).open("a")
-
     def go_back(self, step: int) -> None:
         """Forgets the reports of later steps, which come again."""
         if self.enabled:
-            self.file.close()
-            self._open(step)
+            with training_goes_on(self.run_dir / METRICS_FILE):
+                keep_metrics_up_to(step, self.run_dir)
             self.bar.n = step
             self.bar.refresh()
 
@@ -70,8 +71,7 @@ class MetricsLog:
     def report(self, step: int, values: dict[str, float | None]) -> None:
         if not self.enabled:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        append_json_line(self.run_dir / METRICS_FILE, {"step": step, **values})
         if "loss/total" in values:
             self.bar.set_postfix(
                 loss=f"{values['loss/total']:.3f}",
@@ -79,13 +79,13 @@ class MetricsLog:
                 refresh=False,
             )
         if self.wandb is not None:
-            self.wandb.log(values, step=step)
+            self.wandb.log({WANDB_STEP: step, **values})
 
     def report_picture(self, step: int, name: str, path: Path) -> None:
         if self.enabled and self.wandb is not None:
             import wandb
 
-            self.wandb.log({name: wandb.Image(str(path))}, step=step)
+            self.wandb.log({WANDB_STEP: step, name: wandb.Image(str(path))})
 
     def say(self, text: str) -> None:
         """One line for people, above the progress bar."""
@@ -95,7 +95,6 @@ class MetricsLog:
     def close(self) -> None:
         if self.enabled:
             self.bar.close()
-            self.file.close()
             if self.wandb is not None:
                 self.wandb.finish()
 
@@ -143,7 +142,7 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
     if not identity.is_file():
         identity.write_text(uuid.uuid4().hex[:12])
     try:
-        return wandb.init(
+        run = wandb.init(
             project=config.logging.wandb_project,
             name=config.name,
             id=identity.read_text(),
@@ -155,3 +154,5 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
     except wandb.Error as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"Weights & Biases: {reason}; log in, or set logging.wandb to offline or off") from None
+    run.define_metric("*", step_metric=WANDB_STEP)
+    return run

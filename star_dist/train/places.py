@@ -11,13 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from star_dist.files import free_bytes
 from star_dist.object_store import S3Store
 
 
 class Place(Protocol):
-    """Folders of files, by name; every operation raises OSError when it fails."""
+    """Folders of files, by name; every operation raises OSError when it fails, on S3 also UserError with the reason."""
 
     def folders(self) -> list[str]:
         """Names of all folders, in no order."""
@@ -87,77 +88,62 @@ class LocalPlace:
         (self.root / folder).rename(self.root / target)
 
     def free_bytes(self) -> int | None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(self.root).free
+        return free_bytes(self.root)
 
 
 class S3Place:
-    """A prefix of a bucket, `s3://bucket/prefix`. Credentials and endpoint come from the environment, as for any tool.
+    """A prefix of a bucket, `s3://bucket/prefix`; endpoint and region as `S3Store` takes them.
 
-    Files are written to and read from a local temporary folder (TMPDIR).
+    The client is made at once, so that what is later set in the environment for a data set does not move it. Files are
+    written to and read from a local temporary folder (TMPDIR).
+
+    Raises:
+        UserError: no bucket in the URL, or an AWS profile or endpoint that cannot be used.
     """
 
-    def __init__(self, url: str) -> None:
-        self._store = S3Store(url)
-        self.bucket = self._store.bucket
+    def __init__(self, url: str, endpoint: str | None = None, region: str | None = None) -> None:
+        self._store = S3Store(url, endpoint, region)
+        _ = self._store.client
 
     def __str__(self) -> str:
         return self._store.url
 
-    @property
-    def _client(self) -> Any:
-        return self._store.client
-
-    def _key(self, *names: str) -> str:
-        return self._store.prefix + "/".join(names)
-
-    def _list(self, prefix: str, **options: Any) -> Iterator[dict[str, Any]]:
-        with _as_os_error():
-            yield from self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=prefix, **options
-            )
-
     def folders(self) -> list[str]:
-        pages = self._list(self._key(""), Delimiter="/")
-        prefixes = (found["Prefix"] for page in pages for found in page.get("CommonPrefixes", ()))
-        return [prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in prefixes]
+        return list(self._store.folders())
 
     def files(self, folder: str) -> dict[str, int]:
-        prefix = self._key(folder, "")
-        objects = (found for page in self._list(prefix) for found in page.get("Contents", ()))
-        return {found["Key"].removeprefix(prefix): found["Size"] for found in objects}
+        prefix = f"{folder}/"
+        return {entry.name.removeprefix(prefix): entry.num_bytes for entry in self._store.list(prefix)}
 
     @contextlib.contextmanager
     def writing(self, folder: str, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="star-dist-") as temporary:
             path = Path(temporary) / name
             yield path
-            with _as_os_error():
-                self._client.upload_file(str(path), self.bucket, self._key(folder, name))
+            self._store.upload(path, f"{folder}/{name}")
 
     @contextlib.contextmanager
     def reading(self, folder: str, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="star-dist-") as temporary:
             path = Path(temporary) / name
-            with _as_os_error():
-                self._client.download_file(self.bucket, self._key(folder, name), str(path))
+            self._store.download(f"{folder}/{name}", path)
             yield path
 
     def create(self, folder: str) -> None:
         """Nothing: S3 has no folders without objects."""
 
     def remove(self, folder: str, first: str) -> None:
-        names = sorted(self.files(folder), key=lambda name: name != first)
-        with _as_os_error():
-            for name in names:
-                self._client.delete_object(Bucket=self.bucket, Key=self._key(folder, name))
+        names = [f"{folder}/{name}" for name in self.files(folder)]
+        marker = f"{folder}/{first}"
+        if marker in names:
+            self._store.delete([marker])
+            names.remove(marker)
+        self._store.delete(names)
 
     def rename(self, folder: str, target: str) -> None:
         """Copies on the server, then removes; S3 has no renaming."""
         for name in self.files(folder):
-            with _as_os_error():
-                source = {"Bucket": self.bucket, "Key": self._key(folder, name)}
-                self._client.copy(source, self.bucket, self._key(target, name))
+            self._store.copy(f"{folder}/{name}", f"{target}/{name}")
         self.remove(folder, first="")
 
     def free_bytes(self) -> int | None:
@@ -165,24 +151,9 @@ class S3Place:
 
     def check_access(self) -> None:
         """Lists the prefix, and reads the first bytes of an object in it if there is one."""
-        with _as_os_error():
-            found = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1).get(
-                "Contents", ()
-            )
-            for entry in found:
-                self._client.get_object(Bucket=self.bucket, Key=entry["Key"], Range="bytes=0-99")["Body"].read()
-
-
-@contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
-    """boto3 has a family of exceptions of its own; callers know one kind of failure."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except (Boto3Error, BotoCoreError, ClientError) as error:
-        raise OSError(str(error)) from None
+        found = next(self._store.list(), None)
+        if found is not None:
+            self._store.read_start(found.name)
 
 
 def _sync(path: Path) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from star_dist.config import RunConfig, dump_config
 from star_dist.environment import describe_environment
-from star_dist.errors import UserError
+from star_dist.errors import RunEnded, UserError
+from star_dist.files import write_text_atomically
 from star_dist.process import ProcessInfo
-from star_dist.run_folder import claim_run_folder
+from star_dist.run_folder import CONFIG_FILE, claim_run_folder
 from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, check_same_run, check_same_tokenizer
+from star_dist.train.facts import FactsLog
+from star_dist.train.signals import RequestListener
 
 
 def train(config: RunConfig, process: ProcessInfo) -> None:
@@ -21,6 +24,16 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     """
     run_dir = Path(config.run_dir)
     lock = claim_run_folder(run_dir) if process.rank == 0 else None
+    requests = RequestListener(run_dir, process.rank)
+    facts = FactsLog(run_dir, process.rank)
+    # From here on a signal is noted and acted on after the first steps: the start takes minutes on a large cluster.
+    with requests.listening(), facts.mistakes():
+        _train(config, process, requests, facts)
+    del lock
+
+
+def _train(config: RunConfig, process: ProcessInfo, requests: RequestListener, facts: FactsLog) -> None:
+    run_dir = Path(config.run_dir)
     config.accumulation_steps(process.world_size)
     checkpoints = CheckpointFolder(run_dir, config.checkpoint)
     checkpoint = checkpoints.find(config.checkpoint.resume_step)
@@ -52,18 +65,21 @@ def train(config: RunConfig, process: ProcessInfo) -> None:
     from star_dist.train.trainer import Trainer
 
     engine = Engine(config, process, weights)
+    engine.check_all_ranks_agree(0 if checkpoint is None else checkpoint.step, "the checkpoint to go on from")
+    trainer = Trainer(config, engine, tokenizer, metadata, checkpoints, checkpoint, requests, facts)
+    if process.rank == 0:
+        if checkpoint is not None:  # later ones are damaged, or to be trained again
+            changes += [f"set aside: {path}" for path in checkpoints.set_aside_after(checkpoint.step)]
+        _write_environment(run_dir, config, process, trainer)
+        _say_where_it_starts(trainer, changes)
     try:
-        engine.check_all_ranks_agree(0 if checkpoint is None else checkpoint.step, "the checkpoint to go on from")
-        trainer = Trainer(config, engine, tokenizer, metadata, checkpoint)
-        if process.rank == 0:
-            if checkpoint is not None:  # later ones are damaged, or to be trained again
-                changes += [f"set aside: {path}" for path in checkpoints.set_aside_after(checkpoint.step)]
-            _write_environment(run_dir, config, process, trainer)
-            _say_where_it_starts(trainer, changes)
         trainer.run()
-    finally:
+    except RunEnded:
         engine.close()
-        del lock, caches
+        raise
+    # Not after another error: NCCL would wait for the ranks that go on, and the message would never be seen.
+    engine.close()
+    del caches
 
 
 def _report_finished(run_dir: Path, checkpoint: Checkpoint, config: RunConfig, process: ProcessInfo) -> None:
@@ -97,7 +113,7 @@ def _check_nodes(config: RunConfig, process: ProcessInfo) -> None:
 
 def _write_environment(run_dir: Path, config: RunConfig, process: ProcessInfo, trainer) -> None:
     """The resolved config and the environment, before step 1."""
-    (run_dir / "config.json").write_text(dump_config(config) + "\n")
+    write_text_atomically(run_dir / CONFIG_FILE, dump_config(config) + "\n")
     facts = describe_environment() | {
         "world_size": process.world_size,
         "device": str(trainer.device),
@@ -106,7 +122,7 @@ def _write_environment(run_dir: Path, config: RunConfig, process: ProcessInfo, t
         "peak_flops": trainer.peak_flops,
         "peak_flops_source": trainer.peak_source,
     }
-    (run_dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_text_atomically(run_dir / "environment.json", json.dumps(facts, indent=2) + "\n")
 
 
 def _say_where_it_starts(trainer, changes: list[str]) -> None:

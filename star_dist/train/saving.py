@@ -39,6 +39,8 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._step = 0
         self._error: str | None = None
+        self._pruning: threading.Thread | None = None  # on rank 0
+        self._prune_error: str | None = None
         self.num_started = 0
 
     @property
@@ -66,10 +68,15 @@ class CheckpointSaver:
         self._thread = threading.Thread(target=run, name=f"checkpoint {step}")
         self._thread.start()
         self.num_started += 1
-        return self.finish() if wait else True
+        if not wait:
+            return True
+        saved = self.finish()
+        self._end_pruning()
+        return saved
 
     def finish(self) -> bool:
         """Waits for the save under way, if there is one, and makes it complete; False if it failed."""
+        self._end_pruning()
         if self._thread is None:
             return True
         self._thread.join()
@@ -81,10 +88,21 @@ class CheckpointSaver:
             return False
         if self._rank == 0:
             self._on_saved(step)
-            error = self._attempt(self._folder.prune)
-            if error is not None:
-                self._on_failed(step, f"it is complete, but an older one stays: {error}")
+            self._pruning = threading.Thread(target=self._prune, name=f"prune after {step}")
+            self._pruning.start()
         return True
+
+    def _prune(self) -> None:
+        """Beside the training: removing a large checkpoint takes a while, and all ranks would wait for this one."""
+        self._prune_error = self._attempt(self._folder.prune)
+
+    def _end_pruning(self) -> None:
+        if self._pruning is None:
+            return
+        self._pruning.join()
+        self._pruning = None
+        if self._prune_error is not None:
+            self._on_failed(self._step, f"it is complete, but an older one stays: {self._prune_error}")
 
     def _begin(self, step: int) -> None:
         self._folder.begin(step, self._state.size_bytes)

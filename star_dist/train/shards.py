@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from star_dist.errors import UserError
-from star_dist.train.checkpoint import INDEX, Checkpoint
+from star_dist.errors import Unreachable, UserError
+from star_dist.train.checkpoint import INDEX, Checkpoint, shard_name
 from star_dist.train.places import Place
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -51,10 +51,6 @@ class Scalars:
     skipped_steps: int
     groups: dict[str, dict[str, Any]]
     group_of: dict[str, str]
-
-
-def shard_name(rank: int) -> str:
-    return f"shard_{rank:05d}.safetensors"
 
 
 def write_shard(place: Place, folder: str, rank: int, tensors: dict[str, Tensor]) -> None:
@@ -163,7 +159,8 @@ class ShardReader:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
+            kind = Unreachable if isinstance(error, OSError) else UserError
+            raise kind(
                 f"checkpoint {self.checkpoint.path} cannot be read: {type(error).__name__}: {error}; resume from "
                 f"another one with checkpoint.resume_step"
             ) from None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from star_dist.config import HealthSection
-from star_dist.files import write_text_atomically
+from star_dist.files import append_json_line, training_goes_on, write_text_atomically
 
 SPIKES_FILE = "spikes.jsonl"
 SKIPPED_FILE = "skipped_data.json"
@@ -106,12 +106,12 @@ class SkippedData:
         """Leaves out the data of a training step from now on; `write`: on one rank."""
         self.steps.append(self.data_step(step))
         if write:
-            write_text_atomically(self._path, json.dumps(self.steps))
+            with training_goes_on(self._path):
+                write_text_atomically(self._path, json.dumps(self.steps))
 
 
 def record_spike(run_dir: Path, spike: Spike, sample_ids: list[list[int]], action: str) -> None:
     """Adds a line to RUN/spikes.jsonl; `sample_ids` are those of every rank."""
     values = vars(spike) | {"loss": str(spike.loss) if not math.isfinite(spike.loss) else spike.loss}
     line = values | {"time": time.time(), "action": action, "sample_ids": sample_ids}
-    with (run_dir / SPIKES_FILE).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_json_line(run_dir / SPIKES_FILE, line)

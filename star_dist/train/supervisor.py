@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from star_dist.config import RunConfig
-from star_dist.errors import RunEnded, UserError
-from star_dist.train.checkpoint import CheckpointFolder
+from star_dist.errors import RunEnded, Unreachable, UserError
+from star_dist.train.checkpoint import Checkpoint, CheckpointFolder
 from star_dist.train.control import ControlGroup
 from star_dist.train.engine import Engine
 from star_dist.train.facts import FactsLog
@@ -27,18 +27,25 @@ class Supervisor:
     """One per rank; all methods are for all ranks together."""
 
     def __init__(
-        self, config: RunConfig, engine: Engine, tokenizer_hash: str, facts: FactsLog, log: MetricsLog
+        self,
+        config: RunConfig,
+        engine: Engine,
+        checkpoints: CheckpointFolder,
+        tokenizer_hash: str,
+        requests: RequestListener,
+        facts: FactsLog,
+        log: MetricsLog,
     ) -> None:
         self.config, self.engine, self.facts, self.log = config, engine, facts, log
         self.rank = engine.process.rank
         self.run_dir = Path(config.run_dir)
         self.control = ControlGroup()
-        self.requests = RequestListener(self.run_dir, self.rank)
+        self.requests = requests
         self.watchdog = Watchdog(config.health.hang_timeout_s, self.run_dir, self.rank, facts.hang)
         self.step_losses = StepLosses(engine.device)
         self.spike_detector = SpikeDetector(config.health)
         self.skipped_data = SkippedData(self.run_dir)
-        self.checkpoints = CheckpointFolder(self.run_dir, config.checkpoint)
+        self.checkpoints = checkpoints
         self.saver = CheckpointSaver(
             config,
             self.checkpoints,
@@ -49,6 +56,7 @@ class Supervisor:
             on_saved=facts.saved,
             on_failed=self._on_save_failed,
         )
+        self._requested: list[float] = []  # what `end_step` has found last
         self._first_step = 0  # of the steps that `end_step` has seen without a gap
 
     @contextlib.contextmanager
@@ -57,7 +65,6 @@ class Supervisor:
         self._first_step = first_step
         with (
             self.facts.attempt(first_step, self.control.size),
-            self.requests.listening(),
             self.watchdog.watching(),
         ):
             yield
@@ -76,6 +83,7 @@ class Supervisor:
         spike = None
         if step - self._first_step >= 2:  # one step until the loss is fetched, one until the ranks have added it up
             spike = self.spike_detector.judge(step - 2, loss_sum / self.config.tokens_per_step)
+        self._requested = requested
         return self.requests.agreed(requested), spike
 
     def go_back_before(self, spike: Spike, done: int) -> int | None:
@@ -86,10 +94,7 @@ class Supervisor:
         """
         health = self.config.health
         sample_ids = self.control.gather(self.step_losses.sample_ids(spike.step))
-        checkpoint = None
-        if health.on_spike == "rollback":
-            self.saver.finish()
-            checkpoint = self.checkpoints.find(None, at_most=spike.step)
+        checkpoint = self._last_before(spike) if health.on_spike == "rollback" else None
         action = f"back to step {checkpoint.step}" if checkpoint is not None else "recorded"
         if self.rank == 0:
             record_spike(self.run_dir, spike, sample_ids, action)
@@ -105,7 +110,8 @@ class Supervisor:
             )
         with self.pause("going back"):
             *requested, _, _ = self.control.finish_exchange()
-            self.requests.note_again(requested)
+            for counts in (self._requested, requested):
+                self.requests.note_again(counts)
             self.step_losses = StepLosses(self.engine.device)
             self.skipped_data.add(spike.step, write=self.rank == 0)
             self.engine.state.load(checkpoint)
@@ -116,6 +122,13 @@ class Supervisor:
             self.facts.went_back(done, checkpoint.step)
         self._first_step = checkpoint.step
         return checkpoint.step
+
+    def _last_before(self, spike: Spike) -> Checkpoint | None:
+        """The checkpoint to go back to: rank 0 decides, so that no two ranks see different ones."""
+        self.saver.finish()
+        found = self.checkpoints.find(None, at_most=spike.step) if self.rank == 0 else None
+        step = self.control.gather(None if found is None else found.step)[0]
+        return found if step is None or found is not None else self.checkpoints.open(step)
 
     def save(self, done: int, request: Request | None) -> None:
         """Saves; then ends the run if it was asked to.
@@ -130,7 +143,7 @@ class Supervisor:
             self.facts.copied(done)
             saved = self.saver.start(done, wait=last or ends or not self.config.checkpoint.background)
         if last and not saved:
-            raise UserError(
+            raise Unreachable(
                 f"the last checkpoint could not be written to {self.checkpoints.place}; mend that and start again"
             )
         if ends:

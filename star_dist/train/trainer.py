@@ -16,6 +16,7 @@ from star_dist.data.batches import HeldOutBatches, TrainBatches
 from star_dist.data.dataset import MicroBatch
 from star_dist.data.schema import DatasetMetadata
 from star_dist.errors import UserError
+from star_dist.files import training_goes_on
 from star_dist.inference.grid import GridSection, draw_grid
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.model.flops import training_flops
@@ -23,13 +24,14 @@ from star_dist.model.layout import copy_to_device
 from star_dist.model.star import STAR
 from star_dist.text import TextEncoder, TextFeatures
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
-from star_dist.train.checkpoint import Checkpoint
+from star_dist.train.checkpoint import Checkpoint, CheckpointFolder
 from star_dist.train.engine import Engine
 from star_dist.train.facts import FactsLog
 from star_dist.train.loss_report import by_scale, loss_report
 from star_dist.train.metrics import MetricsLog, peak_flops, peak_memory_bytes
 from star_dist.train.optim import learning_rate
 from star_dist.train.own_time import OwnTime, slowest_rank
+from star_dist.train.signals import RequestListener
 from star_dist.train.supervisor import Supervisor
 from star_dist.train.token_losses import TokenLosses
 
@@ -58,7 +60,10 @@ class Trainer:
         engine: Engine,
         tokenizer: MultiScaleVQVAE,
         metadata: list[DatasetMetadata],
+        checkpoints: CheckpointFolder,
         checkpoint: Checkpoint | None,
+        requests: RequestListener,
+        facts: FactsLog,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -83,9 +88,8 @@ class Trainer:
             engine.state.load(checkpoint)
             self.first_step = checkpoint.step
         self.peak_flops, self.peak_source = peak_flops(config, self.device)
-        facts = FactsLog(self.run_dir, enabled=self.rank == 0)  # before the log removes the reports of lost steps
         self.log = MetricsLog(config, self.run_dir, self.first_step, enabled=self.rank == 0)
-        self.supervisor = Supervisor(config, engine, metadata[0].tokenizer_hash, facts, self.log)
+        self.supervisor = Supervisor(config, engine, checkpoints, metadata[0].tokenizer_hash, requests, facts, self.log)
 
     def run(self) -> None:
         """Trains to the last step.
@@ -250,10 +254,12 @@ class Trainer:
             pipeline = StarPipeline(model.eval(), self.tokenizer, self.text_encoder)
             pictures = pipeline(samples.prompts, samples.seed, samples.sampling_options())
             path = self.run_dir / "samples" / f"step_{done:08d}.png"
-            path.parent.mkdir(exist_ok=True)
             cells = [([picture], prompt) for picture, prompt in zip(pictures, samples.prompts)]
-            draw_grid([GridSection(f"{self.config.name}, step {done}", cells)], columns=8).save(path)
-            self.log.report_picture(done, "samples", path)
+            grid = draw_grid([GridSection(f"{self.config.name}, step {done}", cells)], columns=8)
+            with training_goes_on(path):
+                path.parent.mkdir(exist_ok=True)
+                grid.save(path)
+                self.log.report_picture(done, "samples", path)
         self.engine.barrier()
 
     def _frozen_dtype(self) -> torch.dtype:
