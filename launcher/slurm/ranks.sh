@@ -1,6 +1,8 @@
 # Shared by the sbatch scripts of this folder: where the code is, and how one command starts on all nodes of the job.
-# Sourced; the working directory stays that of the submission, so relative paths mean what they meant there. Sets the variables of site.sh and:
+# Sourced; the working directory stays that of the submission, so relative paths mean what they meant there. Sets the
+# variables of site.sh and:
 #   REPO               the checkout that the job runs
+#   on_this_node SCRIPT …  the command right here, without a job step
 #   start_ranks SCRIPT …  one torchrun per node (launcher/node.py), a rank per GPU, as a job step; returns its exit code
 #   on_one_node SCRIPT …  the command on the first node alone
 
@@ -25,7 +27,8 @@ RANKS=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 STEP_PID=
 start_ranks() {
     # --kill-on-bad-exit: without it the other nodes would wait for the lost one until a collective times out.
-    srun --kill-on-bad-exit=1 --ntasks="$NUM_NODES" --ntasks-per-node=1 --export=ALL \
+    # --cpu-bind=none: the one task of a node holds all its ranks, and may use all CPUs that the job has there.
+    srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks="$NUM_NODES" --ntasks-per-node=1 --export=ALL \
         ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} \
         "$PYTHON" "$REPO/launcher/node.py" --nnodes="$NUM_NODES" --nproc-per-node="$RANKS" \
         --master-addr="$HEAD_ADDRESS" --master-port="$HEAD_PORT" "$REPO/$1" "${@:2}" &
@@ -48,7 +51,11 @@ wait_for_step() {
     done
 }
 
+on_this_node() {
+    ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$REPO/$1" "${@:2}"
+}
+
 on_one_node() {
-    srun --nodes=1 --ntasks=1 --nodelist="$HEAD_NODE" --export=ALL \
+    srun --cpu-bind=none --nodes=1 --ntasks=1 --nodelist="$HEAD_NODE" --export=ALL \
         ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$REPO/$1" "${@:2}"
 }

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from star_dist.config import RunConfig, dump_config
-from star_dist.train.facts import read_events
+from star_dist.train.facts import append_event, read_events
 from tests.launcher.slurm_cluster import SlurmCluster, why_not
 from tests.train.runs import last_step, metrics, train_on, weights
 
@@ -138,7 +138,7 @@ def test_a_job_comes_back_after_a_signal_a_lost_node_and_a_cancelled_step(
     start_again_at_once(cluster, job, config, restarts=2)
 
     wait_until(lambda: last_step(config) >= end["step"] + 24, "24 steps later", config)
-    cluster.run("scancel", f"{job}.0")  # the training is a restarted job's first step
+    cluster.run("scancel", f"{job}.1")  # after a failure the nodes are checked first
     start_again_at_once(cluster, job, config, restarts=3)
     wait_until(lambda: cluster.job(job)["JobState"] == "COMPLETED", "completed", config)
 
@@ -158,6 +158,46 @@ def test_a_job_comes_back_after_a_signal_a_lost_node_and_a_cancelled_step(
     assert len(reasons) == 3 and reasons[0].startswith("SIGUSR1")
     assert status["restarts"][0]["lost_steps"] == 0 < status["lost_steps"] <= 20
     assert 0 < status["goodput"] < 1
+
+
+def test_a_cancelled_job_stays_cancelled_and_a_signalled_one_comes_back(
+    cluster: SlurmCluster, run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Ranks that save and exit with 75 whenever they are asked to, for which a few lines stand in: what counts here is
+    the job around them. Two signals while the nodes are checked, then `scancel` while it trains."""
+    config = run_config()
+    ranks = tmp_path / "python.sh"
+    ranks.write_text(
+        "#!/bin/bash\n"
+        f'[[ "$*" == *node.py* ]] || exec {sys.executable} "$@"\n'
+        f'echo "$*" >> {tmp_path}/started\n'
+        '[[ "$*" == *preflight.py* ]] && code=0 || code=75\n'
+        "trap 'exit $code' USR1 TERM\n"
+        "for _ in {1..600}; do sleep 0.1; done\n"
+    )
+    ranks.chmod(0o755)
+    job = submit(cluster, site_file(tmp_path, f"export PYTHON={ranks}", "RANKS_PER_NODE=1"), config)
+
+    def started() -> list[str]:
+        """The last word of each start on one of the two nodes."""
+        path = tmp_path / "started"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [re.search(r"(preflight|train)\.py", line)[1] for line in lines][::2]
+
+    wait_until(lambda: started() == ["preflight"], "checking its nodes", config)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    start_again_at_once(cluster, job, config, restarts=1)
+    wait_until(lambda: started() == ["preflight"] * 2, "checking its nodes again", config)  # nothing has run on them
+    append_event(Path(config.run_dir), "end", step=3, reason="SIGUSR1", exit_code=75)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    start_again_at_once(cluster, job, config, restarts=2)
+    wait_until(lambda: started() == ["preflight"] * 2 + ["train"], "training without another check", config)
+    cluster.run("scancel", job)
+    wait_until(lambda: cluster.job(job).get("JobState") == "CANCELLED", "cancelled", config)
+    time.sleep(3)  # Slurm took a requeue for as long as it was completing
+    assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "2"
+    log = next(Path(config.run_dir).glob("slurm-*.out")).read_text()
+    assert log.count("asking the ranks to save") == 3 and "Slurm is ending this job itself: not requeued" in log
 
 
 def test_a_users_mistake_is_not_tried_again(
