@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from star_dist.config.base import ConfigError, Count, Fraction, Momentum, Positive, Section
+from star_dist.config.deepspeed import check_deepspeed_section, look_up
 from star_dist.inference.options import SamplingOptions
 from star_dist.learning_rate import RateSchedule
 from star_dist.model.config import PositionEncoding, RopeConvention, StarConfig
@@ -244,41 +244,6 @@ class HealthSection(Section):
     max_rollbacks: Positive = 5
 
 
-# What star-dist derives from the sections above; setting it again in `deepspeed` would contradict the run's own config.
-DERIVED_DEEPSPEED_KEYS = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
-    "gradient_clipping": "optimizer.gradient_clipping",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-    "zero_optimization.stage": "train.zero_stage",
-    "steps_per_print": "logging.every",
-    "wandb": "logging.wandb",
-}
-
-# Sections of DeepSpeed's own configuration that a run may set; DeepSpeed itself ignores a misspelt one in silence.
-DEEPSPEED_SECTIONS = (
-    "activation_checkpointing",
-    "aio",
-    "comms_logger",
-    "communication_data_type",
-    "csv_monitor",
-    "dump_state",
-    "flops_profiler",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "tensorboard",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-)
-
-
 class RunConfig(Section):
     """One training run; written to the run folder before step 1 and into every checkpoint."""
 
@@ -345,18 +310,7 @@ class RunConfig(Section):
                 f"samples.every is {self.samples.every} but samples.prompts is empty; give prompts or set it to 0"
             )
         self.samples.sampling_options().by_scale(len(schedule))
-        for key in self.deepspeed:
-            if key not in DEEPSPEED_SECTIONS and key not in DERIVED_DEEPSPEED_KEYS:
-                nearest = difflib.get_close_matches(key, DEEPSPEED_SECTIONS, n=1, cutoff=0.4)
-                hint = f"; did you mean deepspeed.{nearest[0]}?" if nearest else ""
-                raise ValueError(f"unknown key deepspeed.{key}{hint}")
-        if _lookup(self.deepspeed, "zero_optimization.offload_optimizer.device") == "nvme":
-            raise ValueError(
-                "deepspeed.zero_optimization.offload_optimizer.device is nvme, which checkpoints cannot read; use cpu"
-            )
-        for key, source in DERIVED_DEEPSPEED_KEYS.items():
-            if _lookup(self.deepspeed, key) is not None:
-                raise ValueError(f"deepspeed.{key} is derived from {source}; set it there and remove it here")
+        check_deepspeed_section(self.deepspeed, self.train.zero_stage, self.train.precision)
         return self
 
     @property
@@ -405,13 +359,10 @@ class RunConfig(Section):
             "zero_optimization": {"stage": self.train.zero_stage},
             "steps_per_print": 2**31,  # metrics.jsonl is the record; DeepSpeed's own prints only repeat it
         }
+        if look_up(self.deepspeed, "zero_optimization.offload_optimizer.device") == "cpu":
+            # PyTorch's fused AdamW steps on the CPU; DeepSpeed's own would be compiled at the first start.
+            derived["zero_force_ds_cpu_optimizer"] = False
         return _merge(self.deepspeed, derived)
-
-
-def _lookup(values: dict[str, Any], dotted: str) -> Any:
-    for name in dotted.split("."):
-        values = values.get(name) if isinstance(values, dict) else None
-    return values
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

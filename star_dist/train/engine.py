@@ -18,7 +18,7 @@ from star_dist.model.attention import choose_kernel
 from star_dist.model.initialization import initial_value
 from star_dist.model.kernels.base import KernelUnavailable
 from star_dist.model.star import STAR
-from star_dist.process import ProcessInfo
+from star_dist.process import ProcessInfo, check_gpus_are_there
 from star_dist.train.control import TIMEOUT
 from star_dist.train.optim import build_optimizer, parameter_groups
 from star_dist.train.sharded_state import ShardedState
@@ -171,6 +171,7 @@ def _attention_kernel(config: RunConfig, device: torch.device) -> str:
 
 
 def _device(process: ProcessInfo) -> torch.device:
+    check_gpus_are_there(torch.cuda.is_available())
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(process.local_rank)

@@ -58,6 +58,11 @@ def state_bytes(config: RunConfig, gpus: int) -> dict[str, float]:
     }
 
 
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Weights and both Adam moments in fp32, over all ranks."""
+    return 3 * FLOAT32_BYTES * parameter_count(config.star_config())
+
+
 def memory_bytes(config: RunConfig, gpus: int, micro_batch: int) -> dict[str, float]:
     """Memory per GPU by part; frozen tokenizer and text encoder not counted (their files are not opened)."""
     star = config.star_config()

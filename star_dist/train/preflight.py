@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import tempfile
 import time
@@ -19,10 +18,14 @@ from torch.distributed import PrefixStore
 
 from star_dist.config import RunConfig
 from star_dist.environment import describe_environment
-from star_dist.errors import UserError
-from star_dist.object_store import S3_SCHEME
-from star_dist.process import ProcessInfo
+from star_dist.errors import Unreachable, UserError
+from star_dist.files import free_bytes
+from star_dist.object_store import is_s3
+from star_dist.process import ProcessInfo, check_gpus_are_there
+from star_dist.train.checkpoint import FREE_SPACE_MARGIN
 from star_dist.train.metrics import measured_matmul_flops
+from star_dist.train.places import S3Place
+from star_dist.train.planning import checkpoint_bytes
 
 ARRIVAL_TIMEOUT_S = 300
 SLOW_FRACTION = 0.7  # of the median rank's matrix product
@@ -33,7 +36,10 @@ ROUNDS = 3
 
 @dataclass
 class RankCheck:
-    """What one rank found; `facts` must be the same on all nodes; problems: sentences."""
+    """What one rank found; `facts` must be the same on all nodes; problems, warnings: sentences.
+
+    free_bytes: where the loader's caches are, or else temporary files.
+    """
 
     rank: int
     node: str
@@ -41,6 +47,7 @@ class RankCheck:
     matmul_tflops: float
     free_bytes: int
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ class Preflight:
         for node in dict.fromkeys(check.node for check in self.ranks):
             checks = [check for check in self.ranks if check.node == node]
             slowest = min(check.matmul_tflops for check in checks)
-            result = "; ".join(self.problems.get(node, [])) or "ok"
+            warnings = [f"warning: {warning}" for check in checks for warning in check.warnings]
+            result = "; ".join([*(self.problems.get(node) or ["ok"]), *warnings])
             device = str(checks[0].facts["device"])
             free_gb = min(check.free_bytes for check in checks) / 1e9
             lines.append(f"{node:<24} {len(checks):>5} {device:<28} {slowest:>15.2f} {free_gb:>13.1f}  {result}")
@@ -77,8 +85,9 @@ def preflight(config: RunConfig, process: ProcessInfo) -> Preflight:
     """Runs all checks on all ranks of the job.
 
     Raises:
-        UserError: ranks that do not arrive, with the nodes that did.
+        UserError: ranks that do not arrive, with the nodes that did, or a node whose GPUs cannot be used.
     """
+    check_gpus_are_there(torch.cuda.is_available())
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", process.local_rank)
@@ -96,7 +105,13 @@ def preflight(config: RunConfig, process: ProcessInfo) -> Preflight:
 def _meet(process: ProcessInfo, node: str, device: torch.device) -> None:
     """Joins all ranks, after making sure that all are there, so that a missing one has a name."""
     timeout = timedelta(seconds=ARRIVAL_TIMEOUT_S)
-    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    except torch.distributed.DistError as error:
+        raise Unreachable(
+            f"node {node} does not reach {os.environ.get('MASTER_ADDR')}, where rank 0 should be, within "
+            f"{ARRIVAL_TIMEOUT_S} s: {str(error).splitlines()[0]}"
+        ) from None
     arrivals = PrefixStore("preflight", store)
     arrivals.set(f"rank {rank}", node)
     deadline_s = time.monotonic() + ARRIVAL_TIMEOUT_S
@@ -127,23 +142,56 @@ def _check_rank(config: RunConfig, process: ProcessInfo, node: str, device: torc
     }
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     matmul = max(measured_matmul_flops(device, MATMUL_SIZE[device.type], dtype=dtype) for _ in range(ROUNDS)) / 1e12
-    folder = Path(tempfile.gettempdir())
-    check = RankCheck(process.rank, node, facts, matmul, shutil.disk_usage(folder).free)
-    if device.type == "cuda" and torch.cuda.device_count() < process.local_world_size:
-        check.problems.append(f"{torch.cuda.device_count()} GPUs for {process.local_world_size} ranks")
+    caches = [Path(source.local) for source in config.data.all_sources if source.remote is not None]
+    free = min(free_bytes(folder) for folder in caches or [Path(tempfile.gettempdir())])
+    check = RankCheck(process.rank, node, facts, matmul, free)
     if process.local_rank == 0:  # the rest is the node's, not the rank's
-        check.problems += _check_node(config, process, check.free_bytes)
+        _check_hardware(config, process, device, check)
+        check.problems += _check_node(config, process)
+        check.problems += _check_room(config, caches, writes_checkpoints=process.rank == 0)
     return check
 
 
-def _check_node(config: RunConfig, process: ProcessInfo, free_bytes: int) -> list[str]:
+def _check_hardware(config: RunConfig, process: ProcessInfo, device: torch.device, check: RankCheck) -> None:
+    """Devices and CPUs of a node against its ranks: too few, or more than are used."""
+    ranks, devices, cpus = process.local_world_size, torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    if device.type == "cuda" and devices < ranks:
+        check.problems.append(f"{devices} GPUs for {ranks} ranks")
+    elif devices > ranks:
+        check.warnings.append(f"{devices - ranks} of {devices} GPUs stand idle ({ranks} ranks, RANKS_PER_NODE)")
+    wanted = ranks * (1 + config.data.num_workers)
+    if cpus < wanted:
+        said = (
+            f"{cpus} CPUs for {ranks} ranks with {config.data.num_workers} loader workers each (data.num_workers); ask "
+            f"for whole nodes or more CPUs"
+        )
+        (check.problems if device.type == "cuda" and cpus < ranks else check.warnings).append(said)
+
+
+def _check_room(config: RunConfig, caches: list[Path], *, writes_checkpoints: bool) -> list[str]:
+    """Disks that cannot hold what the run may put there; what a warm cache holds already counts as room."""
     problems = []
     limit = config.data.cache_limit
-    if config.data.remote is not None and limit is not None:
+    if limit is not None:
         from streaming.base.util import bytes_to_int
 
-        if free_bytes < bytes_to_int(limit):
-            problems.append(f"{free_bytes / 1e9:.1f} GB free, data.cache_limit is {limit}")
+        for folder in caches:
+            room = free_bytes(folder) + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            if room < bytes_to_int(limit):
+                problems.append(
+                    f"{room / 1e9:.1f} GB free or in use by the cache {folder}, data.cache_limit is {limit}"
+                )
+    if writes_checkpoints and config.checkpoint.remote is None:
+        needed = checkpoint_bytes(config) * FREE_SPACE_MARGIN
+        free = free_bytes(Path(config.run_dir) / "checkpoints")
+        if free < needed:
+            problems.append(f"a checkpoint takes {needed / 1e9:.2f} GB and run_dir has {free / 1e9:.2f} GB free")
+    return problems
+
+
+def _check_node(config: RunConfig, process: ProcessInfo) -> list[str]:
+    """The run's folder, stores, tokenizer and data, as this node sees them."""
+    problems = []
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -151,9 +199,11 @@ def _check_node(config: RunConfig, process: ProcessInfo, free_bytes: int) -> lis
             pass
     except OSError as error:
         problems.append(f"run_dir {run_dir} cannot be written: {error.strerror}")
-    for name, url in (("data.remote", config.data.remote), ("checkpoint.remote", config.checkpoint.remote)):
-        if url is not None and url.startswith(S3_SCHEME):
-            problems += _check_s3(name, url)
+    for section in (config.checkpoint, config.data):
+        stores = [section.remote] if section is config.checkpoint else [s.remote for s in config.data.all_sources]
+        for url in stores:
+            if url is not None and is_s3(url):
+                problems += _check_s3(url, section.s3_endpoint_url, section.s3_region)
     try:
         from star_dist.data.fetch import fetch_matching_metadata
         from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
@@ -166,14 +216,12 @@ def _check_node(config: RunConfig, process: ProcessInfo, free_bytes: int) -> lis
     return problems
 
 
-def _check_s3(name: str, url: str) -> list[str]:
+def _check_s3(url: str, endpoint: str | None, region: str | None) -> list[str]:
     """Lists a prefix, and reads the first bytes of what is there."""
-    from star_dist.train.places import S3Place
-
     try:
-        S3Place(url).check_access()
-    except OSError as error:
-        return [f"{name} {url}: {error}"]
+        S3Place(url, endpoint, region).check_access()
+    except (OSError, UserError) as error:
+        return [str(error)]
     return []
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from star_dist.config import RunConfig, load_config
 from star_dist.errors import UserError
+from star_dist.run_folder import CONFIG_FILE, SUBMITTED_CONFIG_FILE
 from star_dist.train.checkpoint import CheckpointFolder
 from star_dist.train.facts import heartbeat, last_known_step, read_events, read_reports, summarize
 
@@ -20,9 +21,10 @@ def run_status(run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: no run folder, or a damaged one.
     """
-    if not (run_dir / "config.json").is_file():
-        raise UserError(f"{run_dir} is no run folder: it has no config.json")
-    config = load_config(RunConfig, run_dir / "config.json")
+    files = [run_dir / name for name in (CONFIG_FILE, SUBMITTED_CONFIG_FILE) if (run_dir / name).is_file()]
+    if not files:
+        raise UserError(f"{run_dir} is no run folder: it has no {CONFIG_FILE}")
+    config = load_config(RunConfig, files[0])
     reports = [report for report in read_reports(run_dir) if "loss/total" in report]
     last = reports[-1] if reports else {}
     step = last_known_step(run_dir)
@@ -71,7 +73,9 @@ def _state(run_dir: Path, step_s: float) -> str:
     beat = heartbeat(run_dir)
     if not events:
         return "not started"
-    ends = [event for event in events if event["event"] in ("start", "end", "failed")]
+    ends = [event for event in events if event["event"] in ("start", "end", "mistake", "failed")]
+    if ends and ends[-1]["event"] == "mistake":
+        return f"not started: {ends[-1]['reason']}"
     if ends and ends[-1]["event"] == "end":
         return f"ended: {ends[-1]['reason']}"
     if ends and ends[-1]["event"] == "failed":
