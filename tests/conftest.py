@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from star_dist.config import RunConfig, parse_config
 
 torch.set_num_threads(1)
+# tqdm's own lock is shared with forked processes: one that a test kills while it draws would hold it for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # its thread could hold the lock while a rank is forked
 
 pytest_plugins = ["tests.s3", "tests.fault_proxy"]
 

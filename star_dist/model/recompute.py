@@ -29,6 +29,7 @@ def run_block(block: Callable[..., Tensor], recompute: Recompute, *inputs: Any, 
 
 
 def _keep_products(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    name = operator.name().partition("::")[2].partition(".")[0]
-    is_product = name in ("mm", "addmm", "bmm", "linear") or "attention" in name or "attn" in name
+    library, _, name = operator.name().partition("::")  # builds of FlashAttention name a library so, with plain `fwd`
+    is_attention = "attention" in library + name or "attn" in library + name
+    is_product = is_attention or name.partition(".")[0] in ("mm", "addmm", "bmm", "linear")
     return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE

@@ -24,6 +24,7 @@ from star_dist.weights import check_names_and_shapes, read_weights
 FORMAT = "star-dist tokenizer 1"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+QUANTIZATION = 2  # raised when the same weights come to mean other tokens, so that older data sets are refused
 STATISTICS = "quantize.ema_vocab_hit_SV"  # counts of training; decide neither tokens nor pictures
 
 
@@ -73,7 +74,7 @@ def tokenizer_hash(model: MultiScaleVQVAE) -> str:
     digest = hashlib.sha256()
     architecture = dataclasses.asdict(model.config)
     del architecture["scales"]  # the schedule is a choice of each data set and recorded there
-    digest.update(json.dumps(architecture, sort_keys=True).encode())
+    digest.update(json.dumps({"quantization": QUANTIZATION, **architecture}, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name != STATISTICS:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -35,12 +35,15 @@ class SharedPhi(nn.Module):
         self.qresi_ls = nn.ModuleList(Phi(channels) for _ in range(num_phi))
 
     def at(self, scale: int, num_scales: int) -> Phi:
+        """The phi of one scale. At ten scales two lie exactly halfway between ticks, where rounding decides: the ticks
+        are made, and ties broken, as numpy's linspace and argmin do in the public code, or its weights would not fit.
+        """
         num_phi = len(self.qresi_ls)
-        margin = 1 / 3 / num_phi
-        spacing = (1 - 2 * margin) / max(num_phi - 1, 1)
+        margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
+        spacing = (1 - margin - margin) / max(num_phi - 1, 1)
+        ticks = [*(i * spacing + margin for i in range(num_phi - 1)), 1 - margin]
         position = scale / max(num_scales - 1, 1)
-        nearest = min(range(num_phi), key=lambda i: abs(margin + i * spacing - position))
-        return self.qresi_ls[nearest]
+        return self.qresi_ls[min(range(num_phi), key=lambda i: abs(ticks[i] - position))]
 
 
 class MultiScaleQuantizer(nn.Module):

@@ -2,15 +2,21 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import peak_bytes
+from star_dist.model import star
 from star_dist.model.config import StarConfig
 from star_dist.model.initialization import initialize_weights
+from star_dist.model.kernels.base import Kernel
+from star_dist.model.kernels.flash import GATHERED_TOKENS
+from star_dist.model.kernels.sdpa import SdpaKernel
 from star_dist.model.layout import PackedLayout
 from star_dist.model.recompute import Recompute
 from star_dist.model.star import STAR, pack_inputs
 from star_dist.scales import ScaleSchedule
+from tests.model.flash_stand_in import StandIn
 
 SCHEDULE = ScaleSchedule((1, 2, 3, 4))
 CONFIG = StarConfig(depth=4, width=32, heads=2, scales=SCHEDULE.sides, vocab_size=64, code_dim=8, text_width=16)
@@ -64,3 +70,22 @@ def test_each_step_saves_memory() -> None:
         peak[recompute] = peak_bytes(step, torch.device("cpu"))
     # Measured with two samples: 190, 125 and 56 MiB.
     assert peak["full"] < 0.7 * peak["selective"] and peak["selective"] < 0.8 * peak["none"], peak
+
+
+def test_full_recomputation_keeps_no_more_with_gathered_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the gathering attention saves is seen by activation checkpointing, which keeps a block's input alone."""
+    schedule = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+    layout = PackedLayout.uniform(schedule, 1)
+    model = STAR(StarConfig(depth=4, scales=schedule.sides, text_width=64, cross_attention=False), recompute="full")
+    initialize_weights(model, seed=1)
+    inputs = torch.randn(layout.num_tokens, 32), torch.randn(0, 64), torch.randn(1, 64)
+    targets = torch.zeros(layout.num_tokens, dtype=torch.long)
+
+    def held_bytes(kernel: Kernel) -> int:
+        monkeypatch.setattr(star, "choose_kernel", lambda *_, **__: kernel)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            _kept_alive = model(*inputs, targets, layout=layout)
+        return sum(e.nbytes() for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
+
+    held_bytes(SdpaKernel())  # tables are there then
+    assert held_bytes(StandIn(precise=True).kernel(GATHERED_TOKENS)) <= 1.02 * held_bytes(SdpaKernel())

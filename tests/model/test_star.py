@@ -21,6 +21,7 @@ from star_dist.model.star import STAR, pack_inputs
 from star_dist.public_layout import check_weights
 from star_dist.scales import ScaleSchedule
 from tests.model.flash_stand_in import StandIn
+from tests.ranks import run_ranks
 
 SCHEDULE = ScaleSchedule((1, 2, 3, 4))
 TINY = StarConfig(depth=2, width=32, heads=2, scales=SCHEDULE.sides, vocab_size=64, code_dim=8, text_width=16)
@@ -87,11 +88,15 @@ def test_rows_alone_give_the_same_logits(golden: dict[str, torch.Tensor], kernel
 def test_logits_of_the_public_implementation_through_flex(golden: dict[str, torch.Tensor]) -> None:
     hidden, pooled, lengths = golden_text(golden, [0, 1, 2])
     layout = PackedLayout.uniform(SCHEDULE, 3, lengths)
-    with torch.no_grad():
-        logits = golden_model(golden, "flex")(
-            pack_inputs(golden["teacher_forcing_input"]), hidden, pooled, layout=layout
-        )
-    assert (logits.view(3, 30, 64) - golden["logits"]).abs().max() < 1e-4
+
+    def error() -> float:
+        with torch.no_grad():
+            inputs = pack_inputs(golden["teacher_forcing_input"])
+            logits = golden_model(golden, "flex")(inputs, hidden, pooled, layout=layout)
+        return (logits.view(3, 30, 64) - golden["logits"]).abs().max().item()
+
+    # In a process of its own: the compiler starts threads, after which no test could fork.
+    assert run_ranks(error, 1)[0] < 1e-4
 
 
 def test_rotations_of_the_public_implementation(golden: dict[str, torch.Tensor]) -> None:

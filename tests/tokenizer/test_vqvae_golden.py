@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,6 +14,7 @@ from torch import Tensor
 from star_dist.errors import UserError
 from star_dist.scales import ScaleSchedule
 from star_dist.tokenizer.config import VQVAEConfig
+from star_dist.tokenizer.quantizer import SharedPhi
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.weights import check_names_and_shapes
 
@@ -49,6 +51,21 @@ def test_indices_are_exact(model: MultiScaleVQVAE, golden: dict[str, Tensor], sc
 def test_teacher_forcing_input(model: MultiScaleVQVAE, golden: dict[str, Tensor], schedule: ScaleSchedule) -> None:
     inputs = model.quantize.teacher_forcing_input(golden["indices"].long(), schedule)
     torch.testing.assert_close(inputs, golden["teacher_forcing_input"], atol=TOLERANCE, rtol=0)
+
+
+def test_every_scale_takes_the_phi_that_the_public_code_takes() -> None:
+    """At 256 and 512 pixels two of ten scales lie halfway between two of them, up to rounding."""
+    phis = SharedPhi(4, 1)
+    index = {phi: i for i, phi in enumerate(phis.qresi_ls)}
+
+    def chosen(num_scales: int) -> list[int]:
+        return [index[phis.at(scale, num_scales)] for scale in range(num_scales)]
+
+    assert chosen(10) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    ticks = np.linspace(1 / 3 / 4, 1 - 1 / 3 / 4, 4)
+    for num_scales in range(2, 40):
+        public = [int(np.argmin(np.abs(ticks - scale / (num_scales - 1)))) for scale in range(num_scales)]
+        assert chosen(num_scales) == public
 
 
 def test_input_scale_by_scale_equals_the_teacher_forcing_input(

@@ -88,8 +88,8 @@ def flash_library(generation: int) -> FlashLibrary:
 
 def flash_attn_4(generation: int) -> FlashLibrary:
     """FlashAttention-4 (PyPI: flash-attn-4), written for Hopper's and Blackwell's tensor cores."""
-    if generation < 10:
-        raise KernelUnavailable("flash-attn 4 is taken from compute capability 10 on")
+    if generation < 9:
+        raise KernelUnavailable("flash-attn 4 is taken from compute capability 9 on")
     module = importlib.import_module("flash_attn.cute")
     return _flash_attn_library("flash-attn 4", module.flash_attn_func, module.flash_attn_varlen_func)
 
@@ -106,9 +106,10 @@ def flash_attn_2(generation: int) -> FlashLibrary:
     """FlashAttention-2 (PyPI: flash-attn)."""
     if generation < 8:
         raise KernelUnavailable("flash-attn 2 runs from compute capability 8 on")
-    module = importlib.import_module("flash_attn")
-    name = f"flash-attn {module.__version__}"
-    return _flash_attn_library(name, module.flash_attn_func, module.flash_attn_varlen_func)
+    # Not the module alone: flash-attn-4 puts a package of the same name there that has only a part called cute.
+    from flash_attn import __version__, flash_attn_func, flash_attn_varlen_func
+
+    return _flash_attn_library(f"flash-attn {__version__}", flash_attn_func, flash_attn_varlen_func)
 
 
 def torch_varlen(generation: int) -> FlashLibrary:
@@ -130,8 +131,8 @@ def torch_varlen(generation: int) -> FlashLibrary:
     return FlashLibrary(f"PyTorch {torch.__version__}", scaled_dot_product, varlen)
 
 
-# In order of preference, from the speeds that the authors publish for each generation of GPUs.
-LIBRARIES: tuple[Callable[[int], FlashLibrary], ...] = (flash_attn_4, flash_attn_3, flash_attn_2, torch_varlen)
+# In order of preference, from the speeds that the authors publish for each generation of GPUs: on Hopper 3, then 4.
+LIBRARIES: tuple[Callable[[int], FlashLibrary], ...] = (flash_attn_3, flash_attn_4, flash_attn_2, torch_varlen)
 
 
 def _flash_attn_library(name: str, dense_function: Callable, varlen_function: Callable) -> FlashLibrary:

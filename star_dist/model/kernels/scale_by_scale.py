@@ -10,8 +10,9 @@ B samples of one run, L tokens of a sample, K scales, H heads, d channels of a h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +26,6 @@ DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 VarlenAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 """Packed queries, keys and values, their int32 offsets (N + 1,), the longest query and key sequence -> (Tq, H, d)."""
-
-Prefixes = Sequence[Sequence[Tensor]]
-"""Of every run, of every gathered scale, what it sees: (B, end, H, d)."""
 
 Offsets = tuple[Tensor, Tensor, int, int]
 
@@ -58,45 +56,56 @@ def attend_scale_by_scale(
         for leading, queries, keys, values in parts
     ]
     if any(leading for leading, *_ in parts):
+        offsets = gathered_offsets(layout.schedules, gathered_tokens, query_THd.device)
+        counts = tuple(leading for leading, *_ in parts if leading)
+        key = [prefix for leading, _, keys, _ in parts for prefix in keys[:leading]]
+        value = [prefix for leading, _, _, values in parts for prefix in values[:leading]]
         query = join([queries[0].flatten(0, 1) for _, queries, _, _ in parts])
-        key = [keys[:leading] for leading, _, keys, _ in parts]
-        value = [values[:leading] for leading, _, _, values in parts]
-        offsets = gathered_offsets(layout.schedules, gathered_tokens, query.device)
-        mixed = _attend_gathered(query, key, value, varlen, offsets)
+        mixed = _GatheredAttention.apply(varlen, offsets, counts, query, *key, *value)
         sizes = [queries[0].shape[:2].numel() for _, queries, _, _ in parts]
         for output, (_, queries, _, _), part in zip(outputs, parts, mixed.split(sizes)):
             output.insert(0, part.unflatten(0, queries[0].shape[:2]))
     return join([join(output, dim=1).flatten(0, 1) for output in outputs])
 
 
+class _GatheredAttention(torch.autograd.Function):
+    """One call over gathered prefixes: of every run, of every gathered scale, keys (B, end, H, d), then all values.
+
+    It keeps its inputs alone, which are views of all keys and values. The backward pass gathers and attends again, so
+    no copy waits for it, and activation checkpointing, which sees what a function saves, drops these views, too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, varlen: VarlenAttention, offsets: Offsets, counts: tuple[int, ...], query: Tensor, *prefixes: Tensor
+    ) -> Tensor:
+        ctx.attend = partial(_attend_gathered, varlen, offsets, counts)
+        ctx.save_for_backward(query, *prefixes)
+        return ctx.attend(query, *prefixes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            output = ctx.attend(*inputs)
+        return None, None, None, *torch.autograd.grad(output, inputs, gradient)
+
+
 def _attend_gathered(
-    query: Tensor, key: Prefixes, value: Prefixes, varlen: VarlenAttention, offsets: Offsets
+    varlen: VarlenAttention, offsets: Offsets, counts: tuple[int, ...], query: Tensor, *prefixes: Tensor
 ) -> Tensor:
-    """One call over gathered prefixes; its backward pass gathers them again, so that no copy is kept until then."""
-    gathered_key, gathered_value = gather(key), gather(value)
-    sources = {
-        copy.data_ptr(): _detached(prefixes) for copy, prefixes in ((gathered_key, key), (gathered_value, value))
-    }
-
-    def pack(tensor: Tensor) -> Tensor | Prefixes:
-        is_copy = tensor.data_ptr() in sources and tensor.shape == gathered_shape
-        return sources[tensor.data_ptr()] if is_copy else tensor
-
-    def unpack(kept: Tensor | Prefixes) -> Tensor:
-        return kept if isinstance(kept, Tensor) else gather(kept)
-
-    gathered_shape = gathered_key.shape
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return varlen(query, gathered_key, gathered_value, *offsets)
+    half = len(prefixes) // 2
+    return varlen(query, gather(prefixes[:half], counts), gather(prefixes[half:], counts), *offsets)
 
 
-def gather(prefixes: Prefixes) -> Tensor:
-    """The prefixes of all runs as one packed tensor, sample by sample and scale by scale; (sum of B * G, H, d)."""
-    return join([torch.cat(list(of_run), dim=1).flatten(0, 1) for of_run in prefixes if of_run])
+def gather(prefixes: Sequence[Tensor], counts: tuple[int, ...]) -> Tensor:
+    """Prefixes as one packed tensor, sample by sample and scale by scale; (sum of B * G, H, d).
 
-
-def _detached(prefixes: Prefixes) -> Prefixes:
-    return [[prefix.detach() for prefix in of_run] for of_run in prefixes]
+    counts: how many of them each run of samples has.
+    """
+    ends = list(accumulate(counts))
+    runs = [prefixes[end - count : end] for end, count in zip(ends, counts)]
+    return join([torch.cat(run, dim=1).flatten(0, 1) for run in runs])
 
 
 @lru_cache(maxsize=32)
@@ -123,12 +132,12 @@ class ScalePrefixes(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_BLHd: Tensor, ends: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_BLHd: Tensor, ends: tuple[int, ...]) -> tuple[Tensor, ...]:
         ctx.ends, ctx.dtype = ends, x_BLHd.dtype
         return tuple(x_BLHd[:, :end] for end in ends)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         # The last scale sees everything, so its gradient starts the sum.
         total = gradients[-1].to(torch.promote_types(ctx.dtype, torch.float32), copy=True)
         for end, gradient in zip(ctx.ends[:-1], gradients[:-1]):
