@@ -186,6 +186,7 @@ def run_config(
         "samples": {"every": 0},
         "logging": {"every": 1},
         "health": {"hang_timeout_s": 120},
+        "deepspeed": {},
     }
 
     def make(**sections: Any) -> RunConfig:

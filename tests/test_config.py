@@ -12,6 +12,7 @@ from star_dist.config import (
     dump_config,
     load_config,
 )
+from star_dist.config.deepspeed import ZERO_KEYS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = ["d16", "d30", "d30_512", "d30_1024", "demo"]
@@ -73,6 +74,15 @@ def test_overrides_are_json_or_text() -> None:
         ),
         ('deepspeed={"train_batch_size":4}', r"deepspeed\.train_batch_size is derived from train\.global_batch"),
         ('deepspeed={"zero_optimization":{"stage":1}}', r"zero_optimization\.stage is derived from train\.zero_stage"),
+        (
+            'deepspeed={"zero_optimization":{"reduce_buket_size":1}}',
+            r"unknown key deepspeed\.zero_optimization\.reduce_buket_size; did you mean .*\.reduce_bucket_size",
+        ),
+        (
+            'deepspeed={"zero_optimization":{"offload_param":{"device":"nvme"}}}',
+            r"offload_param\.device is nvme.*use cpu",
+        ),
+        ('deepspeed={"data_types":{"grad_accum_dtype":"bf16"}}', r"grad_accum_dtype is 'bf16' .*it can be fp32"),
         ("train.steps.more=1", r"train\.steps is a value, not a section"),
         ("nonsense", r"not of the form section\.key=value"),
     ],
@@ -110,3 +120,11 @@ def test_deepspeed_config_adds_knobs_to_what_is_derived() -> None:
         derived["train_batch_size"]
         == derived["train_micro_batch_size_per_gpu"] * derived["gradient_accumulation_steps"] * 8
     )
+
+
+def test_zero_keys_are_deepspeeds() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = {field.alias or name: field for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert set(ZERO_KEYS) <= fields.keys()
+    assert not [key for key in ZERO_KEYS if (fields[key].json_schema_extra or {}).get("deprecated")]

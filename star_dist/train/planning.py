@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from star_dist.config import RunConfig
+from star_dist.config.deepspeed import look_up
 from star_dist.model.flops import training_flops
 from star_dist.model.size import FLOAT32_BYTES, activation_bytes, parameter_count
 
@@ -51,9 +52,10 @@ def state_bytes(config: RunConfig, gpus: int) -> dict[str, float]:
     """Weights, gradients, fp32 masters and Adam moments per GPU, as the ZeRO stage partitions them."""
     parameters, low, stage = parameter_count(config.star_config()), bytes_per_value(config), config.train.zero_stage
     masters = FLOAT32_BYTES if low == 2 else 0
+    added_in_fp32 = look_up(config.deepspeed, "data_types.grad_accum_dtype") == "fp32"
     return {
         "parameters": parameters * low / (gpus if stage >= 3 else 1),
-        "gradients": parameters * low / (gpus if stage >= 2 else 1),
+        "gradients": parameters * (FLOAT32_BYTES if added_in_fp32 else low) / (gpus if stage >= 2 else 1),
         "optimizer": parameters * (masters + 2 * FLOAT32_BYTES) / (gpus if stage >= 1 else 1),
     }
 

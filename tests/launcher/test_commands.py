@@ -143,15 +143,43 @@ def test_dry_run_needs_nothing(config: str, parameters: str) -> None:
         assert said in result.stdout
 
 
-def test_srun_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bare_srun_gives_every_task_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     from star_dist.errors import UserError
-    from star_dist.process import prepare_process_environment
+    from star_dist.process import ProcessInfo, prepare_process_environment
 
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(UserError, match="srun started 4 tasks without a launcher"):
-        prepare_process_environment()
+    slurm = {"STEP_NUM_TASKS": 32, "STEP_NUM_NODES": 4, "STEP_TASKS_PER_NODE": "8(x4)", "PROCID": 17, "LOCALID": 1}
+    slurm |= {"STEP_NODELIST": "gpu[003-005,9]-ib", "JOB_ID": 81234}
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in ours})
+    os.environ.update({f"SLURM_{name}": str(value) for name, value in slurm.items()})
+    given = dict(os.environ)
+    assert prepare_process_environment() == ProcessInfo(17, 1, 32, 8)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu003-ib", "21234")
+    for name, value, said in [
+        ("SLURM_STEP_TASKS_PER_NODE", "8(x3),4", r"8\(x3\),4 of them on each; give --ntasks-per-node"),
+        ("SLURM_STEP_NODELIST", "[", r"cannot tell the first host of SLURM_STEP_NODELIST '\['; set MASTER_ADDR"),
+    ]:
+        monkeypatch.setattr(os, "environ", given | {name: value})
+        with pytest.raises(UserError, match=said):
+            prepare_process_environment()
+
+
+def test_nothing_falls_back_to_cpus_where_gpus_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from star_dist.errors import Unreachable
+    from star_dist.process import check_gpus_are_there
+
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu7")
+    for variables in ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"SLURM_GPUS_ON_NODE": "8"}):
+        with monkeypatch.context() as patch:
+            patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            check_gpus_are_there(True)
+            with pytest.raises(Unreachable, match=r"node gpu7 gave this process GPUs .*torch can use none"):
+                check_gpus_are_there(False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    check_gpus_are_there(False)
 
 
 def test_submit_says_what_it_would_submit(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:

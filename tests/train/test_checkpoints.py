@@ -11,7 +11,7 @@ import torch
 
 from star_dist.config import CheckpointSection, RunConfig
 from star_dist.errors import UserError
-from star_dist.train.checkpoint import CheckpointFolder
+from star_dist.train.checkpoint import INDEX, CheckpointFolder, shard_name
 from star_dist.train.facts import read_events
 from star_dist.train.places import S3Place
 from tests.ranks import RankFailed, run_ranks
@@ -180,6 +180,21 @@ def test_s3_out_of_reach_does_not_end_the_training(run_config: MakeConfig, s3: S
     assert sorted(metrics(config)) == [1, 2, 3, 4, 5]
     failures = [event for event in read_events(Path(config.run_dir)) if event["event"] == "save_failed"]
     assert [event["step"] for event in failures] == [2, 4, 5] and "NoSuchBucket" in failures[0]["reason"]
+
+
+def test_what_a_killed_save_leaves_goes_with_the_next_and_no_marker_stands_without_all_shards(
+    tmp_path: Path, run_config: MakeConfig
+) -> None:
+    folder = CheckpointFolder(tmp_path, CheckpointSection())
+    for step, names in ((1, ["shard_00000.safetensors"]), (2, [INDEX, shard_name(0), shard_name(1)]), (3, [INDEX])):
+        folder.begin(step, 0)
+        for name in names:
+            (tmp_path / "checkpoints" / folder.name(step) / name).write_bytes(b"1")
+    folder.complete(2, 2, "hash", run_config())
+    with pytest.raises(OSError, match=r"2 of 3 files are not at .*step_00000003, such as shard_00000"):
+        folder.complete(3, 2, "hash", run_config())
+    folder.prune()
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000002", "step_00000003"]
 
 
 def test_no_room_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,21 @@ import pytest
 import torch
 
 from star_dist.config import HealthSection, RunConfig
-from star_dist.train.facts import append_event, failures_without_progress, read_events, summarize
+from star_dist.errors import Unreachable, UserError
+from star_dist.train.facts import (
+    FactsLog,
+    append_event,
+    exit_code_since,
+    failures_without_progress,
+    read_events,
+    summarize,
+)
 from star_dist.train.spikes import SkippedData, SpikeDetector
+from star_dist.train.status import run_status
 from tests.ranks import run_ranks
 from tests.train.runs import metrics, train, train_on, weights
+
+ROOT = Path(__file__).parents[2]
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -255,6 +266,32 @@ def test_facts_of_a_run(tmp_path: Path) -> None:
     assert failures_without_progress(tmp_path) == 3
     append_event(tmp_path, "checkpoint", step=120, train_s=1.0)
     assert failures_without_progress(tmp_path) == 0
+
+
+def test_a_full_disk_costs_reports_and_not_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "facts.jsonl").symlink_to("/dev/full")
+    for step in (1, 2):
+        append_event(tmp_path, "checkpoint", step=step)
+    warning = capsys.readouterr().err
+    assert warning.count("facts.jsonl: No space left on device; going on without") == 1
+
+
+def test_a_mistake_is_a_fact_and_its_exit_code_counts(tmp_path: Path) -> None:
+    """A launcher says 143 where one node's mistake made it end the others."""
+    began = time.time()
+    with pytest.raises(UserError), FactsLog(tmp_path, rank=1).mistakes():
+        raise UserError("no tokenizer at /absent")
+    assert exit_code_since(tmp_path, began) == 2
+    assert run_status_of(tmp_path) == "not started: no tokenizer at /absent"
+    with pytest.raises(Unreachable), FactsLog(tmp_path, rank=0).attempt(0, 1):
+        raise Unreachable("the store cannot be reached")
+    assert exit_code_since(tmp_path, began) == 69
+    assert exit_code_since(tmp_path, time.time() + 1) is None
+
+
+def run_status_of(run_dir: Path) -> str:
+    (run_dir / "submitted_config.json").write_text((ROOT / "configs" / "d16.json").read_text())
+    return run_status(run_dir)["state"]
 
 
 def test_weights_are_restored_by_a_rollback(run_config: MakeConfig) -> None:

@@ -267,6 +267,25 @@ def test_stage_0_in_bf16_goes_on_from_its_masters(run_config: MakeConfig, tmp_pa
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in whole.values())
 
 
+@pytest.mark.parametrize(
+    ("stage", "knobs"),
+    [
+        (2, {"data_types": {"grad_accum_dtype": "fp32"}}),
+        (3, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}),
+    ],
+)
+def test_knobs_of_deepspeed_train_and_resume(run_config: MakeConfig, tmp_path: Path, stage: int, knobs: dict) -> None:
+    def run(name: str, steps: int, deepspeed: dict) -> list[float]:
+        train = {"steps": steps, "zero_stage": stage, "precision": "bf16"}
+        sections = dict(train=train, optimizer={"schedule": "constant"}, deepspeed=deepspeed)
+        return losses(train_on(run_config(run_dir=str(tmp_path / name), **sections), 2))
+
+    undisturbed = run("undisturbed", 4, knobs)
+    run("resumed", 2, knobs)
+    assert run("resumed", 4, knobs) == undisturbed
+    assert undisturbed == pytest.approx(run("without", 4, {}), rel=1e-3)
+
+
 def test_validation_counts_every_held_out_sample_once(run_config: MakeConfig, tmp_path: Path) -> None:
     """However many ranks: 7 samples over 2 ranks x 2 leave a short last round."""
     results = []
