@@ -6,6 +6,7 @@ R rows, N tokens of one scale, V codebook size.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,14 +38,22 @@ class RecordedModel:
     """A model's scales as recorded functions around one cache.
 
     The cache holds the largest drawing so far and serves smaller ones; a larger one takes its place, and all graphs
-    are recorded again. Graphs of the `KEPT_ROW_COUNTS` numbers of rows that were used last are kept.
+    are recorded again, by a new recorder. Graphs of the `KEPT_ROW_COUNTS` numbers of rows that were used last are kept.
     """
 
-    def __init__(self, model: STAR, schedule: ScaleSchedule, text_tokens: int, record: Recorder) -> None:
-        self.model, self.schedule, self.record = model, schedule, record
+    def __init__(
+        self, model: STAR, schedule: ScaleSchedule, text_tokens: int, new_recorder: Callable[[], Recorder]
+    ) -> None:
+        self.model, self.schedule, self.new_recorder = model, schedule, new_recorder
         self.text_tokens = text_tokens
-        self.plain: CachedModel | None = None
         self.recorded: OrderedDict[int, dict[int, RecordedFunction]] = OrderedDict()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Gives all memory back."""
+        self.recorded.clear()
+        self.record: Recorder | None = None
+        self.plain: CachedModel | None = None
         self.logits_memory: Tensor | None = None
 
     def reserve(self, rows: int, text_tokens: int) -> ScaleLogits:
@@ -54,12 +63,14 @@ class RecordedModel:
             if held is not None:
                 rows, text_tokens = max(rows, held.max_rows), max(text_tokens, held.text_tokens)
             # The old memory goes before the new is taken: together they may not fit.
-            self.recorded.clear()
-            held = self.plain = self.logits_memory = None
-            self.plain = CachedModel(self.model, self.schedule, rows, max(text_tokens, self.text_tokens))
+            held = None
+            self._forget()
             # One for all scales: each scale's logits are drawn from before the next are computed.
             largest = rows * max(self.schedule.lengths) * self.model.config.vocab_size
-            self.logits_memory = torch.empty(largest, device=self.plain.device)
+            self.logits_memory = torch.empty(largest, device=self.model.word_embed.weight.device)
+            self.record = self.new_recorder()
+            # Last, because it says that there is room: the memory may be too short for any of these.
+            self.plain = CachedModel(self.model, self.schedule, rows, max(text_tokens, self.text_tokens))
         return self
 
     def set_text(self, hidden_SW: Tensor, starts: tuple[int, ...], lengths: tuple[int, ...]) -> None:
@@ -72,7 +83,11 @@ class RecordedModel:
         while len(self.recorded) > KEPT_ROW_COUNTS:
             self.recorded.popitem(last=False)
         if scale not in of_rows:
-            of_rows[scale] = self._recorded(scale, inputs)
+            try:
+                of_rows[scale] = self._recorded(scale, inputs)
+            except BaseException:  # most likely memory: nothing is recorded into what a broken recording has left
+                self._forget()
+                raise
         return of_rows[scale].replay(inputs)
 
     def _recorded(self, scale: int, inputs: Tensor) -> RecordedFunction:

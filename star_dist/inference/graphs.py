@@ -18,7 +18,11 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 class CudaGraphRecorder:
     """Records on one GPU. What the graphs compute in passing shares one memory pool: they may run one after another
-    alone, which those of one stream do."""
+    alone, which those of one stream do, and nothing of it may be read after a replay.
+
+    The pool goes with the last of its graphs, and PyTorch refuses to record into a pool that is gone: once they are
+    all dropped, make a new recorder.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +48,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"there is no device {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"there is no device {name or 'cuda'}: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -131,7 +132,10 @@ class StarPipeline:
         )
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> StarPipeline:
-        """Moves everything to a device; dtype is the transformer's alone (tokens need the tokenizer in float32)."""
+        """Moves everything to a device; dtype is the transformer's alone (tokens need the tokenizer in float32).
+
+        CUDA graphs are on again where that is a GPU (`accelerate`).
+        """
         device = find_device(device) if device is not None else self.device
         if dtype is not None and dtype not in DTYPES.values():
             raise UserError(f"the pipeline runs in torch.bfloat16 or torch.float32, got {dtype}")
@@ -157,13 +161,13 @@ class StarPipeline:
             compile_blocks(self.model, self.schedule)
         self.recorded = None
         if graphs or (graphs is None and self.device.type == "cuda"):
-            self.record_with(CudaGraphRecorder(self.device))
+            self.record_with(partial(CudaGraphRecorder, self.device))
         return self
 
-    def record_with(self, recorder: Recorder) -> None:
-        """Every scale goes through `recorder` from now on."""
+    def record_with(self, new_recorder: Callable[[], Recorder]) -> None:
+        """Every scale goes through a recorder from now on; a new one for each cache."""
         text_tokens = self.text_encoder.config.max_tokens
-        self.recorded = RecordedModel(self.model, self.schedule, text_tokens, recorder)
+        self.recorded = RecordedModel(self.model, self.schedule, text_tokens, new_recorder)
 
     @property
     def device(self) -> torch.device:

@@ -22,10 +22,17 @@ HALF_GUIDED = SamplingOptions(guidance_by_scale=(0, 2, 0, 0))
 
 
 class Rerun:
-    """Records as a CUDA graph does: it knows memory, not values. What is computed is forgotten until a replay."""
+    """Records as a CUDA graph does: it knows memory, not values. What is computed is forgotten until a replay.
+
+    made: how many recorders were asked for.
+    """
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = 0
+        self.made = self.recorded = self.replayed = 0
+
+    def new(self) -> Rerun:
+        self.made += 1
+        return self
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         function()
@@ -51,7 +58,7 @@ def recorder() -> Rerun:
 @pytest.fixture
 def recorded(inference_folder: Path, recorder: Rerun) -> StarPipeline:
     pipeline = StarPipeline.from_pretrained(inference_folder)
-    pipeline.record_with(recorder)
+    pipeline.record_with(recorder.new)
     return pipeline
 
 
@@ -84,9 +91,29 @@ def test_memory_stays_in_place_until_a_larger_batch_comes(
     for options in (UNGUIDED, GUIDED):
         assert_same(recorded, plain, PROMPTS[:1], 2, options)
     assert recorded.recorded.plain.cache is cache and len(recorded.recorded.recorded) == 3
+    assert recorder.made == 1
     assert addresses == (cache.keys.data_ptr(), cache.values.data_ptr(), cache.text_keys.data_ptr())
     assert_same(recorded, plain, PROMPTS + PROMPTS, 3, GUIDED)
     assert recorded.recorded.plain.cache is not cache and list(recorded.recorded.recorded) == [12]
+    assert recorder.made == 2  # PyTorch refuses the memory pool of graphs that are all gone
+
+
+def test_drawing_goes_on_after_memory_was_short(
+    plain: StarPipeline, recorded: StarPipeline, recorder: Rerun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the cache did not fit, and where a scale could not be recorded."""
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert_same(recorded, plain, PROMPTS[:1], 1, GUIDED)
+    for where, name in ((acceleration, "CachedModel"), (Rerun, "__call__"), (acceleration.torch, "empty")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, fail)
+            with pytest.raises(torch.OutOfMemoryError):
+                recorded.recorded.reserve(12, 8).logits(0, torch.zeros(12, 16))
+        assert recorded.recorded.plain is None and not recorded.recorded.recorded
+        assert_same(recorded, plain, PROMPTS[:1], 1, GUIDED)
 
 
 def test_graphs_of_the_last_row_counts_alone_are_kept(
@@ -103,7 +130,7 @@ def test_in_bf16_and_with_weights_moved(plain: StarPipeline, recorded: StarPipel
     for pipeline in (plain, recorded):
         pipeline.to(dtype=torch.bfloat16)
     assert recorded.recorded is None  # on a CPU nothing records unless it is told to
-    recorded.record_with(recorder)
+    recorded.record_with(recorder.new)
     assert_same(recorded, plain, PROMPTS, 1, GUIDED)
 
 
@@ -167,7 +194,10 @@ def test_cuda_graphs_draw_what_the_plain_path_draws(inference_folder: Path, comp
     graphs = StarPipeline.from_pretrained(inference_folder, "cuda", torch.float32).accelerate(compile=compile)
     plain = StarPipeline.from_pretrained(inference_folder, "cuda", torch.float32).accelerate(graphs=False)
     for options in (GUIDED, UNGUIDED, HALF_GUIDED):
-        for seed, prompts in enumerate([PROMPTS, [PROMPTS[1]], ["red heart blue flag", "", "face"], PROMPTS[:1]]):
+        # The last batch is larger than all before it, so everything is recorded again.
+        for seed, prompts in enumerate(
+            [PROMPTS, [PROMPTS[1]], ["red heart blue flag", "", "face"], PROMPTS[:1], 2 * PROMPTS]
+        ):
             drawn, expected = (pipeline.sample(prompts, seed, options) for pipeline in (graphs, plain))
             assert torch.equal(drawn.tokens_BL, expected.tokens_BL)
     assert graphs.recorded.recorded and plain.recorded is None
