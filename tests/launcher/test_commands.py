@@ -165,10 +165,13 @@ def test_submit_says_what_it_would_submit(run_config: Callable[..., RunConfig], 
 
 
 @pytest.mark.slow
-def test_evaluate_agrees_with_the_trainings_own_validation(run_config: Callable[..., RunConfig]) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluate_agrees_with_the_trainings_own_validation(
+    run_config: Callable[..., RunConfig], precision: str
+) -> None:
     from tests.train.runs import train_on
 
-    config = run_config(train={"steps": 2}, validation={"every": 2, "num_samples": 7})
+    config = run_config(train={"steps": 2, "precision": precision}, validation={"every": 2, "num_samples": 7})
     expected = train_on(config, 2)[2]
     result = run(sys.executable, "launcher/evaluate.py", config.run_dir)
     assert result.returncode == 0, result.stderr
@@ -177,6 +180,9 @@ def test_evaluate_agrees_with_the_trainings_own_validation(run_config: Callable[
     for key, value in expected.items():
         if key.startswith("validation/"):
             assert found[key] == pytest.approx(value, abs=2e-6)
+    result = run(sys.executable, "launcher/evaluate.py", config.run_dir, "model.attention=flash")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
 
 
 @pytest.mark.slow
