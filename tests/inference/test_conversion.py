@@ -18,12 +18,12 @@ from star_dist.errors import UserError
 from star_dist.export import ExportConfig, initial_weights_from, load_model, read_export_config
 from star_dist.model.config import StarConfig
 from star_dist.public_layout import (
-    PUBLIC_SCALES,
     check_weights,
     infer_star_config,
     infer_tokenizer_config,
     public_weights,
 )
+from star_dist.scales import PUBLIC_SCALES
 from star_dist.weights import read_weights
 
 SCALES = (1, 2, 3, 4)
