@@ -18,9 +18,15 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = [
     ["launcher/train.py"],
     ["launcher/train_tokenizer.py"],
+    ["launcher/plan.py"],
     ["launcher/export.py"],
     ["launcher/convert.py"],
+    ["launcher/convert.py", "from-public"],
+    ["launcher/convert.py", "to-public"],
     ["launcher/edit.py"],
+    ["launcher/edit.py", "inpaint"],
+    ["launcher/edit.py", "outpaint"],
+    ["launcher/edit.py", "vary"],
     ["-m", "star_dist.command"],
     ["-m", "star_dist.command", "serve"],
     ["launcher/sample.py"],
@@ -31,6 +37,9 @@ COMMANDS = [
     ["launcher/preflight.py"],
     ["launcher/retry.py"],
     ["-m", "data_prep.tokenize"],
+    ["-m", "data_prep.merge"],
+    ["-m", "data_prep.verify"],
+    ["-m", "data_prep.caption"],
     ["-m", "data_prep.openmoji"],
 ]
 HELP_LIMIT_S = 0.5
@@ -99,7 +108,24 @@ def test_help_answers_at_once(command: list[str]) -> None:
             ],
             "--scales takes growing whole numbers from 1 on, got '2,1'",
         ),
+        (
+            ["launcher/convert.py", "from-public", "--transformer", "a", "--tokenizer", "b", "--out", "c"],
+            "both have ten scales: give --resolution or --scales",
+        ),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png"], "absent is no inference folder"),
+        (
+            ["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--seed=-1"],
+            "--seed must lie in 0..9223372036854775807 for 1 pictures, got -1",
+        ),
+        (
+            ["launcher/edit.py", "vary", "absent", "absent.png", "heart", "--out", "x.png", "--seed", str(2**63 - 1)]
+            + ["--keep-scales", "1", "--count", "2"],
+            "--seed must lie in 0..9223372036854775806 for 2 pictures, got 9223372036854775807",
+        ),
+        (
+            ["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--device", "abacus"],
+            "there is no device abacus",
+        ),
         (["launcher/status.py", "absent"], "absent is no run folder"),
         (["launcher/evaluate.py", "absent"], "absent is neither a run folder nor an export"),
         (["launcher/submit.py", "configs/d30.json", "--nodes", "0"], "--nodes must be positive, got 0"),
