@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from star_dist.export import (
     fetch_inference_folder,
     load_export_tokenizer,
     load_model,
+    load_public_extras,
     write_inference_folder,
 )
 from star_dist.inference.acceleration import RecordedModel, compile_blocks
@@ -67,16 +68,23 @@ class StarPipeline:
     >>> pipeline = StarPipeline.from_pretrained("runs/demo/export")
     >>> pipeline("a red heart", seed=1)[0].save("heart.png")
 
-    origin: which run the weights are from, where they come from a folder.
+    origin: which run the weights are from, where they come from a folder. public_extras: kept for `save_pretrained`,
+    see `public_layout.py`.
     """
 
     def __init__(
-        self, model: STAR, tokenizer: MultiScaleVQVAE, text_encoder: TextEncoder, origin: ExportConfig | None = None
+        self,
+        model: STAR,
+        tokenizer: MultiScaleVQVAE,
+        text_encoder: TextEncoder,
+        origin: ExportConfig | None = None,
+        public_extras: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.origin = origin
+        self.public_extras = public_extras
         self.schedule = ScaleSchedule(model.config.scales)
         self.decode_pixels = PixelDecoder(tokenizer)
         self.recorded: RecordedModel | None = None
@@ -105,10 +113,11 @@ class StarPipeline:
         copied = folder / TEXT_ENCODER_FOLDER
         text = config.text.model_copy(update={"encoder": str(copied)}) if copied.is_dir() else config.text
         tokenizer = load_export_tokenizer(folder, config)
-        return cls(model.to(device), tokenizer.to(device), TextEncoder(text, device), config).accelerate()
+        extras = load_public_extras(folder)
+        return cls(model.to(device), tokenizer.to(device), TextEncoder(text, device), config, extras).accelerate()
 
     def save_pretrained(self, folder: str | Path, dtype: Literal["bf16", "fp32"] | None = None) -> None:
-        """Writes an inference folder that `from_pretrained` reads. dtype: of the transformer; null keeps it.
+        """Writes an inference folder that `from_pretrained` reads. dtype: of the transformer; null is what it runs in.
 
         Raises:
             UserError: the folder holds something else than an earlier inference folder.
@@ -129,6 +138,7 @@ class StarPipeline:
                 facts=self.origin.facts if self.origin else {},
             ),
             self.tokenizer,
+            self.public_extras,
         )
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> StarPipeline:
