@@ -76,6 +76,10 @@ def test_help_answers_at_once(command: list[str]) -> None:
             "top_k has 2 values, the model has 10 scales; give one value or 10",
         ),
         (
+            ["launcher/train.py", "--config", "configs/d30.json", "samples.smoothing=[0.3,0.1]"],
+            "smoothing has 2 values, the model has 10 scales; give one value or 10",
+        ),
+        (
             ["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "7"],
             "is not a multiple of train.micro_batch 16 x 7 ranks",
         ),
