@@ -21,7 +21,7 @@ from star_dist.config import RunConfig, parse_config
 
 torch.set_num_threads(1)
 
-pytest_plugins = ["tests.s3", "tests.fault_proxy"]
+pytest_plugins = ["tests.s3", "tests.fault_proxy", "tests.trained"]
 
 SCALES = (1, 2, 3, 4)
 RESOLUTION = 16
