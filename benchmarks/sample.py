@@ -34,9 +34,11 @@ from star_dist.text import TextFeatures
 from star_dist.tokenizer.config import VQVAEConfig
 from star_dist.tokenizer.quantizer import MultiScaleQuantizer
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
+from star_dist.train.metrics import measured_matmul_flops
 
 TEXT_TOKENS, EMPTY_TOKENS = 20, 2  # a caption of a dozen words, and the empty one's first and last token
 COPIED_BYTES = 2**28
+MATMUL_SIDE = {"cpu": 1024, "cuda": 4096}  # large enough for the device's full rate
 OPTIONS = SamplingOptions(4.0, top_k=1)
 
 
@@ -69,7 +71,7 @@ def main() -> None:
     torch.manual_seed(0)
     vqvae = MultiScaleVQVAE(VQVAEConfig(vocab_size=config.tokenizer.vocab_size, code_dim=config.tokenizer.code_dim))
     vqvae = vqvae.to(device).eval().requires_grad_(False)
-    matmul_flops = measured_matmul_flops(device, dtype, clock)
+    matmul_flops = measured_matmul_flops(device, MATMUL_SIDE[device.type], dtype=dtype, clock=clock)
     bandwidth = measured_bandwidth(device, clock)
     print(f"{device_name(device)}: {matmul_flops / 1e12:.3g} TFLOP/s in {dtype}, {bandwidth / 1e9:.3g} GB/s")
 
@@ -107,7 +109,8 @@ def measure(
     rounds = []
     draw()
     for _ in tqdm(range(repeats), desc=f"batch {batch}", unit="round"):
-        rate = measured_matmul_flops(device, model.word_embed.weight.dtype, clock)
+        dtype = model.word_embed.weight.dtype
+        rate = measured_matmul_flops(device, MATMUL_SIDE[device.type], dtype=dtype, clock=clock)
         ours_s = median_seconds(draw, device, 1, warmup=0, clock=clock)
         naive_s = float("nan")
         if not arguments.no_naive:
@@ -146,13 +149,6 @@ def measure(
         "ours_over_floor": (ours / flops_s.clamp(min=read_s)).median().item(),
     }
     return row, scale_shares(draw, schedule, device, clock)
-
-
-def measured_matmul_flops(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """FLOP/s of a matrix product that is large enough for the device's full rate."""
-    side = 4096 if device.type == "cuda" else 1024
-    matrix = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / median_seconds(lambda: matrix @ matrix, device, 5, clock=clock)
 
 
 def dtype_is_exact(model: STAR) -> bool:

@@ -1,16 +1,14 @@
 """Convert public checkpoints to an inference folder, and back; exact both ways.
 
-`python launcher/convert.py from-public --transformer star_d16.pth --tokenizer vae_ch160v4096z32.pth --out DIR` reads
-STAR's transformer and VAR's VQ-VAE (.pth files with weights_only, or .safetensors).
+`python launcher/convert.py from-public --transformer star_d16.pth --tokenizer vae_ch160v4096z32.pth --resolution 256
+--out DIR` reads STAR's transformer and VAR's VQ-VAE (.pth files with weights_only, or .safetensors).
 `python launcher/convert.py to-public exports/d16 --out public/d16` writes star.pth, vae.pth and conversion.json, which
 says what the files do not: RoPE convention, scales, text encoder.
 """
 
 from star_dist.cli import command_parser, run_command
 from star_dist.errors import UserError
-from star_dist.scales import ScaleSchedule
-
-DEFAULT_SCALES = "1,2,3,4,5,6,8,10,13,16"
+from star_dist.scales import PUBLIC_SCALES, ScaleSchedule
 
 
 def main() -> None:
@@ -20,7 +18,9 @@ def main() -> None:
     ours.add_argument("--transformer", required=True, metavar="FILE", help="STAR transformer, .pth or .safetensors")
     ours.add_argument("--tokenizer", required=True, metavar="FILE", help="VAR's VQ-VAE, .pth or .safetensors")
     ours.add_argument("--out", required=True, metavar="DIR", help="inference folder to write (replaced if it is one)")
-    ours.add_argument("--scales", default=DEFAULT_SCALES, help=f"sides of the token maps (default {DEFAULT_SCALES})")
+    size = ours.add_mutually_exclusive_group()
+    size.add_argument("--resolution", type=int, choices=PUBLIC_SCALES, help="of a public model, in pixels: its scales")
+    size.add_argument("--scales", metavar="1,2,…", help="sides of the token maps of any other model")
     ours.add_argument(
         "--rope-convention", choices=("public", "paper"), default="public", help="of the weights (default public)"
     )
@@ -45,8 +45,13 @@ def main() -> None:
     if arguments.way == "from-public":
         if arguments.norm_groups < 1:
             raise UserError(f"--norm-groups must be positive, got {arguments.norm_groups}")
+        if arguments.resolution is None and arguments.scales is None:
+            raise UserError(
+                "the public models of 256 and 512 pixels both have ten scales: give --resolution or --scales"
+            )
+        given_scales = arguments.scales or ",".join(map(str, PUBLIC_SCALES[arguments.resolution]))
         try:
-            scales = ScaleSchedule(tuple(int(part) for part in arguments.scales.split(","))).sides
+            scales = ScaleSchedule(tuple(int(part) for part in given_scales.split(","))).sides
         except ValueError as error:
             raise UserError(
                 f"--scales takes growing whole numbers from 1 on, got {arguments.scales!r}: {error}"

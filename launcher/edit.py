@@ -7,6 +7,7 @@ scales, so layout and colours, and draws the details anew. Several pictures (--c
 """
 
 from star_dist.cli import command_parser, run_command
+from star_dist.inference.arguments import add_model_arguments, add_seed_argument, check_seeds, load_pipeline
 from star_dist.inference.options import add_sampling_arguments, sampling_options
 
 
@@ -15,12 +16,13 @@ def main() -> None:
     ways = parser.add_subparsers(dest="way", required=True, metavar="inpaint | outpaint | vary")
     for way in ("inpaint", "outpaint", "vary"):
         one = ways.add_parser(way)
-        one.add_argument("model", metavar="DIR", help="inference folder or Hugging Face id")
+        add_model_arguments(one)
         one.add_argument("picture", metavar="PICTURE", help="square picture, resized to what the model draws")
         one.add_argument("prompt", metavar="PROMPT")
         one.add_argument("--out", required=True, metavar="FILE", help="picture file, .png or .jpg")
         one.add_argument("--count", type=int, default=1, help="pictures to draw (default 1)")
-        one.add_argument("--seed", type=int, default=0, help="seed of the first picture; it counts up (default 0)")
+        add_seed_argument(one)
+        one.add_argument("--batch", type=int, default=8, help="pictures drawn together (default 8)")
         if way == "inpaint":
             one.add_argument("--mask", required=True, metavar="FILE", help="of the picture's size; white is drawn anew")
         elif way == "outpaint":
@@ -35,8 +37,9 @@ def main() -> None:
     from star_dist.errors import UserError
 
     options = sampling_options(arguments)
-    if arguments.count < 1:
-        raise UserError(f"--count must be positive, got {arguments.count}")
+    if arguments.count < 1 or arguments.batch < 1:
+        raise UserError(f"--count and --batch must be positive, got {arguments.count} and {arguments.batch}")
+    check_seeds(arguments.seed, arguments.count)
     out = Path(arguments.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--out {out} must end in .png or .jpg")
@@ -55,18 +58,19 @@ def main() -> None:
     mask = read_picture(Path(arguments.mask)) if arguments.way == "inpaint" else None
 
     from star_dist.inference import editing
-    from star_dist.inference.pipeline import StarPipeline
 
-    pipeline = StarPipeline.from_pretrained(arguments.model)
+    pipeline = load_pipeline(arguments)
     pipeline.text_encoder.check_fit([arguments.prompt])
     how = {"inpaint": mask, "outpaint": box, "vary": getattr(arguments, "keep_scales", None)}[arguments.way]
-    prompts = [arguments.prompt] * arguments.count
-    pictures = getattr(editing, arguments.way)(pipeline, prompts, picture, how, arguments.seed, options)
+    paths = [out] if arguments.count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(arguments.count)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    for i, drawn in enumerate(pictures):
-        path = out if len(pictures) == 1 else out.with_stem(f"{out.stem}-{i}")
-        drawn.save(path)
-        print(path)
+    for first in range(0, arguments.count, arguments.batch):
+        some = paths[first : first + arguments.batch]
+        prompts = [arguments.prompt] * len(some)
+        pictures = getattr(editing, arguments.way)(pipeline, prompts, picture, how, arguments.seed + first, options)
+        for path, drawn in zip(some, pictures):
+            drawn.save(path)
+            print(path)
 
 
 if __name__ == "__main__":

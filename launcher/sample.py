@@ -4,19 +4,18 @@ Several prompts make several files (out-0.png, out-1.png, …); --prompts-file t
 """
 
 from star_dist.cli import command_parser, run_command
+from star_dist.inference.arguments import add_model_arguments, add_seed_argument, check_seeds, load_pipeline
 from star_dist.inference.options import add_sampling_arguments, sampling_options
 
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "model", metavar="DIR", help="inference folder (launcher/export.py writes one) or Hugging Face id"
-    )
+    add_model_arguments(parser)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT")
     parser.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, in addition")
     parser.add_argument("--out", required=True, metavar="FILE", help="picture file, .png or .jpg")
     parser.add_argument("--count", type=int, default=1, help="pictures per prompt (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; it counts up (default 0)")
+    add_seed_argument(parser)
     parser.add_argument("--batch", type=int, default=8, help="pictures drawn together (default 8)")
     add_sampling_arguments(parser)
     arguments = parser.parse_args()
@@ -36,15 +35,14 @@ def main() -> None:
         raise UserError("no prompt given; put it after the folder, in quotes, or use --prompts-file")
     if arguments.count < 1 or arguments.batch < 1:
         raise UserError(f"--count and --batch must be positive, got {arguments.count} and {arguments.batch}")
+    check_seeds(arguments.seed, len(prompts) * arguments.count)
     out = Path(arguments.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--out {out} must end in .png or .jpg")
 
     from tqdm import tqdm
 
-    from star_dist.inference.pipeline import StarPipeline
-
-    pipeline = StarPipeline.from_pretrained(arguments.model)
+    pipeline = load_pipeline(arguments)
     options.by_scale(len(pipeline.schedule))  # one value too many or too few is found before anything is drawn
     pipeline.text_encoder.check_fit(prompts)
     jobs = [prompt for prompt in prompts for _ in range(arguments.count)]

@@ -6,18 +6,19 @@ all others under "new". The first picture of a cell is the data set's own, throu
 """
 
 from star_dist.cli import command_parser, run_command
+from star_dist.inference.arguments import add_model_arguments, add_seed_argument, check_seeds, load_pipeline
 from star_dist.inference.options import add_sampling_arguments, sampling_options
 
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("model", metavar="DIR", help="inference folder")
+    add_model_arguments(parser)
     parser.add_argument("--data", required=True, metavar="DIR", help="data set with train and val splits")
     parser.add_argument("--captions", required=True, metavar="FILE", help="one caption per line")
     parser.add_argument("--out", required=True, metavar="FILE", help="picture file")
     parser.add_argument("--count", type=int, default=2, help="pictures drawn per caption (default 2)")
     parser.add_argument("--columns", type=int, default=4, help="captions per row (default 4)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_seed_argument(parser)
     add_sampling_arguments(parser)
     arguments = parser.parse_args()
 
@@ -34,11 +35,11 @@ def main() -> None:
         raise UserError(f"--count and --columns must be positive, got {arguments.count} and {arguments.columns}")
     if not captions:
         raise UserError(f"{arguments.captions} holds no caption")
+    check_seeds(arguments.seed, len(captions) * arguments.count)
 
-    from star_dist.inference.pipeline import StarPipeline
     from star_dist.inference.seen_grid import draw_seen_grid
 
-    pipeline = StarPipeline.from_pretrained(arguments.model)
+    pipeline = load_pipeline(arguments)
     options.by_scale(len(pipeline.schedule))  # one value too many or too few is found before anything is drawn
     grid = draw_seen_grid(
         pipeline, Path(arguments.data), captions, options, arguments.count, arguments.columns, arguments.seed

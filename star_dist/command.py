@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+from functools import partial
 
 from star_dist.cli import command_parser, run_command
 from star_dist.errors import UserError
+from star_dist.inference.arguments import add_model_arguments, load_pipeline
 from star_dist.serve.limits import Limits
 
 EPILOG = "star-dist serve runs/demo/export    then open http://127.0.0.1:7860"
@@ -20,20 +22,25 @@ def _main() -> None:
     parser = command_parser(EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve")
     serve = commands.add_parser("serve", help="a page and a batch API to draw with a model")
-    serve.add_argument("model", metavar="DIR", help="inference folder or Hugging Face id")
+    add_model_arguments(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     serve.add_argument("--port", type=int, default=7860, help="port, 0 for any free one (default 7860)")
-    serve.add_argument("--device", help="cuda, cuda:1, cpu … (default: a GPU if there is one)")
     defaults = Limits()
-    serve.add_argument("--max-pictures", type=int, default=defaults.pictures, help="pictures of one drawing")
+    serve.add_argument(
+        "--max-pictures",
+        type=int,
+        default=defaults.pictures,
+        help="of one drawing; fewer where memory is short",
+    )
     serve.add_argument("--max-prompt-letters", type=int, default=defaults.prompt_letters, help="letters of a prompt")
     serve.add_argument("--max-waiting", type=int, default=defaults.waiting, help="drawings that may wait")
     serve.add_argument("--keep", type=int, default=defaults.kept, help="finished drawings kept in memory")
+    serve.add_argument("--keep-mb", type=int, default=defaults.kept_bytes // 10**6, help="MB that they may take")
     _serve(parser.parse_args())
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    for flag in ("max_pictures", "max_prompt_letters", "max_waiting", "keep"):
+    for flag in ("max_pictures", "max_prompt_letters", "max_waiting", "keep", "keep_mb"):
         if getattr(arguments, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be positive, got {getattr(arguments, flag)}")
     if not 0 <= arguments.port < 2**16:
@@ -43,6 +50,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         prompt_letters=arguments.max_prompt_letters,
         waiting=arguments.max_waiting,
         kept=arguments.keep,
+        kept_bytes=arguments.keep_mb * 10**6,
     )
     try:
         from star_dist.serve.server import serve
@@ -50,7 +58,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         if error.name not in ("fastapi", "uvicorn", "starlette"):
             raise
         raise UserError(f"{error.name} is not installed; pip install 'star-dist[serve]'") from None
-    serve(arguments.model, arguments.host, arguments.port, arguments.device, limits, _is_loopback(arguments.host))
+    serve(partial(load_pipeline, arguments), arguments.host, arguments.port, limits, _is_loopback(arguments.host))
 
 
 def _is_loopback(host: str) -> bool:

@@ -19,11 +19,11 @@ from torch import Tensor
 from star_dist.config import TextSection
 from star_dist.errors import UserError
 from star_dist.export import (
-    PUBLIC_EXTRAS_FILE,
     ExportConfig,
     fetch_inference_folder,
     load_export_tokenizer,
     load_model,
+    load_public_extras,
     write_inference_folder,
 )
 from star_dist.files import write_text_atomically
@@ -114,8 +114,7 @@ def to_public(source: str | Path, out: Path, kind: Literal["pth", "safetensors"]
     folder = fetch_inference_folder(source)
     config, model = load_model(folder)
     tokenizer = load_export_tokenizer(folder, config)
-    extras_path = folder / PUBLIC_EXTRAS_FILE
-    extras = read_weights(extras_path) if extras_path.is_file() else {}
+    extras = load_public_extras(folder)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     public = public_weights(weights, config.model, extras.get(CLASS_EMBEDDING))
     out.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from star_dist.public_layout import check_weights
 from star_dist.text import save_text_encoder
 from star_dist.tokenizer.io import load_tokenizer, save_tokenizer, tokenizer_hash
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
-from star_dist.weights import read_weights_folder, write_weights
+from star_dist.weights import read_weights, read_weights_folder, write_weights
 
 FORMAT = "star-dist inference folder 1"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -182,6 +182,12 @@ def load_export_tokenizer(folder: Path, config: ExportConfig) -> MultiScaleVQVAE
             f"{folder}: the tokenizer has hash {found}, the transformer was trained with {config.tokenizer_hash}"
         )
     return tokenizer
+
+
+def load_public_extras(folder: Path) -> dict[str, Tensor]:
+    """What only the public layout has of an inference folder's model: nothing where it was not converted from it."""
+    path = folder / PUBLIC_EXTRAS_FILE
+    return read_weights(path) if path.is_file() else {}
 
 
 def initial_weights_from(source: str | Path, config: RunConfig, run_tokenizer_hash: str) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from star_dist.errors import UserError
 from star_dist.model.config import RopeConvention, StarConfig
 from star_dist.model.star import STAR
+from star_dist.scales import PUBLIC_SCALES
 from star_dist.tokenizer.config import VQVAEConfig
 from star_dist.weights import check_names_and_shapes
 
@@ -26,12 +27,6 @@ PUBLIC_CLASSES = 1001
 PUBLIC_NORM_GROUPS = 32
 PUBLIC_ROPE: RopeConvention = "public"
 ZERO_BUFFER = "zero_k_bias"
-
-# Sides of the token maps that the public models draw.
-PUBLIC_SCALES = {
-    256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-    512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-}
 
 
 def check_weights(weights: dict[str, Tensor], model: STAR, source: str) -> dict[str, Tensor]:

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+# Sides of the token maps that the public models draw, by the side of their pictures in pixels.
+PUBLIC_SCALES = {
+    256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+}
+
 
 @dataclass(frozen=True)
 class ScaleSchedule:

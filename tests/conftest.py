@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0  # its thread could hold the lock while a rank is forked
 
-pytest_plugins = ["tests.s3", "tests.fault_proxy"]
+pytest_plugins = ["tests.s3", "tests.fault_proxy", "tests.trained"]
 
 SCALES = (1, 2, 3, 4)
 RESOLUTION = 16

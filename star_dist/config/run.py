@@ -198,7 +198,8 @@ class ValidationSection(Section):
 class SamplesSection(Section):
     """Pictures drawn during training: `every` steps (0 for none), one per prompt, always with the same seed.
 
-    How they are drawn: `SamplingOptions`; top_k, top_p and temperature take one value or a list with one per scale.
+    How they are drawn: `SamplingOptions`; top_k, top_p, temperature and smoothing take one value or a list
+    with one per scale.
     """
 
     every: Count = 0
@@ -208,6 +209,7 @@ class SamplesSection(Section):
     top_k: int | tuple[int, ...] = 0
     top_p: float | tuple[float, ...] = 0.0
     temperature: float | tuple[float, ...] = 1.0
+    smoothing: float | tuple[float, ...] = 0.0
     seed: int = 0
 
     def sampling_options(self) -> SamplingOptions:

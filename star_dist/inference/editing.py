@@ -168,7 +168,7 @@ def _redraw(
     known_B1HH = (shrink(known_11SS, pipeline.schedule.latent_side) == 1).float().expand(len(prompts), -1, -1, -1)
     known = KnownLatent(pipeline.tokenizer.quantize, pipeline.schedule, target_BCHH, known_B1HH)
     drawn = pipeline.sample(prompts, seed, options, known=known)
-    pictures = pipeline.tokenizer.decode_quantized(drawn.latent_BCHH)
+    pictures = pipeline.decode_pixels(drawn.latent_BCHH)
     return to_pil(torch.where(known_11SS == 1, pixels_13SS, pictures))
 
 

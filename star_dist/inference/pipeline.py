@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,17 +21,36 @@ from star_dist.export import (
     fetch_inference_folder,
     load_export_tokenizer,
     load_model,
+    load_public_extras,
     write_inference_folder,
 )
+from star_dist.inference.acceleration import RecordedModel, compile_blocks
+from star_dist.inference.cached_model import CachedModel, ScaleLogits
+from star_dist.inference.graphs import CudaGraphRecorder, Recorder
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.sampler import KnownTokens, SampledPictures, SampledScale, sample_pictures
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.text import TextEncoder
 from star_dist.tokenizer.io import tokenizer_hash
+from star_dist.tokenizer.pixels import PixelDecoder
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 
 DEFAULT_OPTIONS = SamplingOptions()
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of a name; null is a GPU if there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"there is no device {name or 'cuda'}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 @dataclass(frozen=True)
@@ -48,17 +68,26 @@ class StarPipeline:
     >>> pipeline = StarPipeline.from_pretrained("runs/demo/export")
     >>> pipeline("a red heart", seed=1)[0].save("heart.png")
 
-    origin: which run the weights are from, where they come from a folder.
+    origin: which run the weights are from, where they come from a folder. public_extras: kept for `save_pretrained`,
+    see `public_layout.py`.
     """
 
     def __init__(
-        self, model: STAR, tokenizer: MultiScaleVQVAE, text_encoder: TextEncoder, origin: ExportConfig | None = None
+        self,
+        model: STAR,
+        tokenizer: MultiScaleVQVAE,
+        text_encoder: TextEncoder,
+        origin: ExportConfig | None = None,
+        public_extras: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.origin = origin
+        self.public_extras = public_extras
         self.schedule = ScaleSchedule(model.config.scales)
+        self.decode_pixels = PixelDecoder(tokenizer)
+        self.recorded: RecordedModel | None = None
 
     @classmethod
     def from_pretrained(
@@ -70,23 +99,25 @@ class StarPipeline:
     ) -> StarPipeline:
         """Loads an inference folder, or a Hugging Face model id that has one.
 
-        device: a GPU if there is one. dtype: the stored one, fp32 on a CPU. revision: of the id, a branch or commit.
+        device: a GPU if there is one; there CUDA graphs are on (`accelerate`). dtype: of the transformer, bf16 on a
+        GPU and fp32 on a CPU. revision: of the id, a branch or commit.
 
         Raises:
-            UserError: no inference folder there, or a damaged one.
+            UserError: no inference folder there, or a damaged one, or no such device.
         """
         folder = fetch_inference_folder(source, revision)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None and device.type == "cpu":
-            dtype = torch.float32
+        device = find_device(device)
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         config, model = load_model(folder, dtype)
         copied = folder / TEXT_ENCODER_FOLDER
         text = config.text.model_copy(update={"encoder": str(copied)}) if copied.is_dir() else config.text
         tokenizer = load_export_tokenizer(folder, config)
-        return cls(model.to(device), tokenizer.to(device), TextEncoder(text, device), config)
+        extras = load_public_extras(folder)
+        return cls(model.to(device), tokenizer.to(device), TextEncoder(text, device), config, extras).accelerate()
 
     def save_pretrained(self, folder: str | Path, dtype: Literal["bf16", "fp32"] | None = None) -> None:
-        """Writes an inference folder that `from_pretrained` reads. dtype: of the transformer; null keeps it.
+        """Writes an inference folder that `from_pretrained` reads. dtype: of the transformer; null is what it runs in.
 
         Raises:
             UserError: the folder holds something else than an earlier inference folder.
@@ -107,17 +138,46 @@ class StarPipeline:
                 facts=self.origin.facts if self.origin else {},
             ),
             self.tokenizer,
+            self.public_extras,
         )
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> StarPipeline:
-        """Moves everything to a device; dtype is the transformer's alone (tokens need the tokenizer in float32)."""
-        device = torch.device(device) if device is not None else self.device
+        """Moves everything to a device; dtype is the transformer's alone (tokens need the tokenizer in float32).
+
+        CUDA graphs are on again where that is a GPU (`accelerate`).
+        """
+        device = find_device(device) if device is not None else self.device
         if dtype is not None and dtype not in DTYPES.values():
             raise UserError(f"the pipeline runs in torch.bfloat16 or torch.float32, got {dtype}")
         self.model.to(device, dtype)
         self.tokenizer.to(device)
         self.text_encoder.to(device)
+        self.decode_pixels = PixelDecoder(self.tokenizer)
+        return self.accelerate()
+
+    def accelerate(self, graphs: bool | None = None, compile: bool = False) -> StarPipeline:
+        """How the transformer runs from now on; call it again where its weights were changed in place.
+
+        graphs: record every scale as a CUDA graph in the first drawing of each batch size and replay it in later ones;
+        null is on where the pipeline is on a GPU. compile: torch.compile of every block too, which takes a while in
+        the first drawing of each batch size; blocks stay compiled.
+
+        Raises:
+            UserError: graphs without a GPU.
+        """
+        if graphs and self.device.type != "cuda":
+            raise UserError(f"CUDA graphs need a GPU, the pipeline is on {self.device}; leave them off")
+        if compile:
+            compile_blocks(self.model, self.schedule)
+        self.recorded = None
+        if graphs or (graphs is None and self.device.type == "cuda"):
+            self.record_with(partial(CudaGraphRecorder, self.device))
         return self
+
+    def record_with(self, new_recorder: Callable[[], Recorder]) -> None:
+        """Every scale goes through a recorder from now on; a new one for each cache."""
+        text_tokens = self.text_encoder.config.max_tokens
+        self.recorded = RecordedModel(self.model, self.schedule, text_tokens, new_recorder)
 
     @property
     def device(self) -> torch.device:
@@ -168,9 +228,15 @@ class StarPipeline:
         text, empty = self.text_encoder(prompts), self.text_encoder([""])
         return sample_pictures(
             self.model, self.tokenizer.quantize, text, empty, self.schedule, options, seeds, known=known,
-            on_scale=on_scale,
+            on_scale=on_scale, reserve=self._reserve,
         )  # fmt: skip
+
+    def _reserve(self, rows: int, text_tokens: int) -> ScaleLogits:
+        """Texts have room for `text.max_tokens` in any case, so that no picture's last bits depend on others' texts."""
+        if self.recorded is not None:
+            return self.recorded.reserve(rows, text_tokens)
+        return CachedModel(self.model, self.schedule, rows, max(text_tokens, self.text_encoder.config.max_tokens))
 
     def decode(self, latent_BCHH: Tensor) -> list[Image.Image]:
         """Pictures of latents; (B, C, H, H)."""
-        return to_pil(self.tokenizer.decode_quantized(latent_BCHH))
+        return to_pil(self.decode_pixels(latent_BCHH))

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from star_dist.errors import UserError
+from star_dist.inference.cached_model import CachedModel, ScaleLogits
 from star_dist.inference.options import SamplingOptions, ScaleOptions
-from star_dist.model.cache import KeyValueCache
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.text import TextFeatures
@@ -63,13 +64,16 @@ def sample_pictures(
     *,
     known: KnownTokens | None = None,
     on_scale: Callable[[SampledScale], None] | None = None,
+    reserve: Callable[[int, int], ScaleLogits] | None = None,
 ) -> SampledPictures:
     """Draws one picture per caption. Tokens never leave the device.
 
     seeds: one per picture; a picture's random numbers depend on its own seed, not on the batch it is in (the logits
     may differ in their last bits with the batch, as matrix products do). empty_text: features of one empty caption,
     for the unconditional half under guidance. Scales after the last guided one run without that half; earlier ones
-    run with it also where their own guidance is 0, because later ones need its keys and values.
+    run with it also where their own guidance is 0, because later ones need its keys and values. reserve: gives the
+    model with room for a number of rows and of text tokens of each, where it is kept from one drawing to the next
+    (`acceleration.py`); null makes one that runs operation by operation.
 
     Raises:
         UserError: not one seed per caption, or options for another number of scales.
@@ -79,31 +83,22 @@ def sample_pictures(
         raise UserError(f"{batch} captions but {len(seeds)} seeds; give one seed per picture")
     by_scale = options.by_scale(len(schedule))
     guided_scales = max((scale + 1 for scale, chosen in enumerate(by_scale) if chosen.guidance), default=0)
-    device, dtype = model.word_embed.weight.device, model.word_embed.weight.dtype
+    device = model.word_embed.weight.device
     hidden_SW, pooled_RW, starts, lengths = _pack_text(text, empty_text if guided_scales else None)
-    hidden_SW, pooled_RW = hidden_SW.to(device, dtype), pooled_RW.to(device, dtype)
-    cache = KeyValueCache(model, schedule, starts, lengths)
-    rotary = model.rotary((schedule,), device)
+    reserve = reserve or partial(CachedModel, model, schedule)
+    scale_logits = reserve(len(lengths), max(lengths))
+    scale_logits.set_text(hidden_SW, starts, lengths)
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     latent_BCHH = quantizer.empty_latent(batch, schedule)
     input_BNC: Tensor | None = None
     tokens = []
-    for scale, (start, end) in enumerate(zip(schedule.starts, schedule.ends)):
-        chosen = by_scale[scale]
+    for scale, chosen in enumerate(by_scale):
         rows = 2 * batch if scale < guided_scales else batch
-        if input_BNC is None:
-            x_TD = model.start_token(pooled_RW[:rows])
-        else:
-            x_TD = model.word_embed(input_BNC.to(dtype)).repeat(rows // batch, 1, 1).flatten(0, 1)
-        positions_T = torch.arange(start, end, device=device).repeat(rows)
-        x_TD = model.add_positions(x_TD, torch.full_like(positions_T, scale), positions_T)
-        scale_rotary = None if rotary is None else tuple(table[start:end].repeat(rows, 1) for table in rotary)
-        cache.begin_scale(start, end, rows)
-        x_TD = model.run_blocks(x_TD, hidden_SW, scale_rotary, cache)
+        inputs = pooled_RW[:rows] if input_BNC is None else input_BNC.repeat(rows // batch, 1, 1)
+        logits_BNV = scale_logits.logits(scale, inputs)
         if not chosen.guidance:
-            x_TD = x_TD[: batch * (end - start)]
-        logits_BNV = model.head_logits(x_TD).unflatten(0, (-1, end - start))
+            logits_BNV = logits_BNV[:batch]
         if chosen.guidance:
             conditional, unconditional = logits_BNV.chunk(2)
             logits_BNV = conditional + chosen.guidance * (conditional - unconditional)

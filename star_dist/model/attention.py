@@ -21,13 +21,20 @@ from star_dist.model.kernels.sdpa import SdpaKernel
 from star_dist.model.layout import PackedLayout
 
 KeyValue = tuple[Tensor, Tensor]
+Constants = tuple[Tensor, Tensor]
+"""What an attention layer derives from its parameters alone: the bias of its projection and the queries' factor."""
 
 KERNELS = ("auto", "flash", "flex", "sdpa", "reference")
 """What `model.attention` may name."""
 
 
 class LayerContext(Protocol):
-    """What one block's attention layers attend to."""
+    """What one block's attention layers attend to, and what they derive from their parameters alone: in sampling that
+    is computed once, in training every time."""
+
+    def image_constants(self, compute: Callable[[], Constants]) -> Constants: ...
+
+    def text_constants(self, compute: Callable[[], Constants]) -> Constants: ...
 
     def attend_image(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
@@ -51,6 +58,12 @@ class PackedAttention:
     def of_layer(self, layer: int) -> PackedAttention:
         """The same for all, so that a compiled block serves every layer."""
         return self
+
+    def image_constants(self, compute: Callable[[], Constants]) -> Constants:
+        return compute()
+
+    def text_constants(self, compute: Callable[[], Constants]) -> Constants:
+        return compute()
 
     def attend_image(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
         """Block-causal attention; (T, H, d) -> (T, H, d)."""

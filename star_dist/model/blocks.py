@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from star_dist.model.attention import KeyValue, LayerContext
+from star_dist.model.attention import Constants, KeyValue, LayerContext
 from star_dist.model.config import StarConfig
 from star_dist.model.qk_norm import rotate_and_normalize
 from star_dist.model.rope import Rotary
@@ -61,10 +61,13 @@ class SelfAttention(NormalizedHeads):
         super().__init__(config)
         self.mat_qkv = BiasedLinear(config.width, 3 * config.width)
 
+    def constants(self) -> Constants:
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]), self.query_factor_H1()
+
     def forward(self, x_TD: Tensor, *, rotary: Rotary | None, context: LayerContext) -> Tensor:
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        bias, factor_H1 = context.image_constants(self.constants)
         query, key, value = map(self.split_heads, self.mat_qkv(x_TD, bias).chunk(3, dim=-1))
-        query = rotate_and_normalize(query, rotary, self.query_factor_H1())
+        query = rotate_and_normalize(query, rotary, factor_H1)
         key = rotate_and_normalize(key, rotary)
         return self.proj(context.attend_image(query, key, value).flatten(-2))
 
@@ -75,6 +78,9 @@ class CrossAttention(NormalizedHeads):
         self.mat_q = BiasedLinear(config.width, config.width)
         self.mat_kv = BiasedLinear(config.text_width, 2 * config.width)
 
+    def constants(self) -> Constants:
+        return self.q_bias, self.query_factor_H1()
+
     def text_key_value(self, text_SC: Tensor) -> KeyValue:
         """Keys and values of the text tokens, (S, H, d) each."""
         bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
@@ -82,8 +88,8 @@ class CrossAttention(NormalizedHeads):
         return rotate_and_normalize(key, None), value
 
     def forward(self, x_TD: Tensor, text_SC: Tensor, *, context: LayerContext) -> Tensor:
-        query = self.split_heads(self.mat_q(x_TD, self.q_bias))
-        query = rotate_and_normalize(query, None, self.query_factor_H1())
+        bias, factor_H1 = context.text_constants(self.constants)
+        query = rotate_and_normalize(self.split_heads(self.mat_q(x_TD, bias)), None, factor_H1)
         key_value: Callable[[], KeyValue] = lambda: self.text_key_value(text_SC)
         return self.proj(context.attend_text(query, key_value).flatten(-2))
 

@@ -1,7 +1,7 @@
 """Keys and values of the scales sampled so far: new queries see the whole cache, so sampling needs no mask.
 
-R rows, L tokens of a picture, T tokens of one scale over the rows that run, S text tokens, H heads, d channels of a
-head.
+R rows, L tokens of a picture, N tokens of one scale, S text tokens of a row at most, H heads, d channels of a head, W
+text width.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from star_dist.model.attention import KeyValue
+from star_dist.model.attention import Constants, KeyValue
 from star_dist.model.kernels.sdpa import padded_text_index, scaled_dot_product
+from star_dist.model.layout import copy_to_device
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 
@@ -20,23 +21,39 @@ from star_dist.scales import ScaleSchedule
 class KeyValueCache:
     """What sampling attends to. Allocated once for all layers and scales and written in place, scale after scale.
 
-    text_starts, text_lengths: where the text of each row stands in the packed text features; rows may share a text,
-    whose keys and values are computed once per layer.
+    The memory stays where it is from one drawing to the next, so that a captured CUDA graph finds it again. What the
+    layers derive from their parameters alone is computed here once: a cache is of the weights that it was made with.
+
+    rows: at most. text_tokens: of a row's text at most.
     """
 
-    def __init__(
-        self, model: STAR, schedule: ScaleSchedule, text_starts: tuple[int, ...], text_lengths: tuple[int, ...]
-    ) -> None:
-        config = model.config
-        weight = model.word_embed.weight
-        shape = (config.depth, len(text_lengths), schedule.num_tokens, config.heads, config.head_dim)
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.empty_like(self.keys)
-        self.text: list[KeyValue | None] = [None] * config.depth
-        index_RS, present_RS = padded_text_index(text_starts, text_lengths)
-        self.text_index_RS = index_RS.to(weight.device)
-        self.text_mask_R11S = present_RS.to(weight.device)[:, None, None, :]
+    def __init__(self, model: STAR, schedule: ScaleSchedule, rows: int, text_tokens: int) -> None:
+        config, weight = model.config, model.word_embed.weight
+        self.max_rows, self.text_tokens = rows, text_tokens
+        heads = (config.heads, config.head_dim)
+        self.keys, self.values = weight.new_empty(2, config.depth, rows, schedule.num_tokens, *heads)
+        # Zeros, because what is masked must still be finite.
+        texts = config.depth if config.cross_attention else 0
+        self.text_keys, self.text_values = weight.new_zeros(2, texts, rows, text_tokens, *heads)
+        self.text_mask_R11S = torch.zeros(rows, 1, 1, text_tokens, dtype=torch.bool, device=weight.device)
+        self.blocks = model.blocks
+        self.image_constants = [block.attn.constants() for block in model.blocks]
+        self.text_constants = [block.cross_attn.constants() for block in model.blocks if block.cross_attn is not None]
         self.rows = self.start = self.end = 0
+
+    def set_text(self, hidden_SW: Tensor, starts: tuple[int, ...], lengths: tuple[int, ...]) -> None:
+        """Computes the keys and values of the texts that the first rows attend to from now on, once per layer.
+
+        hidden_SW: text features, packed. starts, lengths: where the text of each row stands there; rows may share one.
+        """
+        index_RS, present_RS = (copy_to_device(x, hidden_SW.device) for x in padded_text_index(starts, lengths))
+        rows, longest = index_RS.shape
+        self.text_mask_R11S.zero_()
+        self.text_mask_R11S[:rows, 0, 0, :longest] = present_RS
+        for layer, (keys, values) in enumerate(zip(self.text_keys, self.text_values)):
+            key_SHd, value_SHd = self.blocks[layer].cross_attn.text_key_value(hidden_SW)
+            keys[:rows, :longest] = key_SHd[index_RS]
+            values[:rows, :longest] = value_SHd[index_RS]
 
     def begin_scale(self, start: int, end: int, rows: int) -> None:
         """The tokens that come next are [start, end) of the first `rows` rows.
@@ -50,27 +67,29 @@ class KeyValueCache:
 
 
 class LayerCache:
-    """One layer's part of a cache."""
+    """One layer's part of a cache at one scale; it knows no layer number, so a compiled block serves every layer."""
 
     def __init__(self, cache: KeyValueCache, layer: int) -> None:
-        self.cache, self.layer = cache, layer
+        rows, self.start, self.end = cache.rows, cache.start, cache.end
+        self.keys, self.values = cache.keys[layer, :rows], cache.values[layer, :rows]
+        self.constants_of_image = cache.image_constants[layer]
+        if cache.text_constants:
+            self.constants_of_text = cache.text_constants[layer]
+            self.text_keys, self.text_values = cache.text_keys[layer, :rows], cache.text_values[layer, :rows]
+            self.text_mask_R11S = cache.text_mask_R11S[:rows]
 
-    def attend_image(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
-        """Keeps the scale's keys and values, and attends to all kept ones; (T, H, d) -> (T, H, d)."""
-        cache = self.cache
-        query, key, value = (x.unflatten(0, (cache.rows, -1)) for x in (query_THd, key_THd, value_THd))
-        keys, values = (kept[self.layer, : cache.rows] for kept in (cache.keys, cache.values))
-        keys[:, cache.start : cache.end] = key
-        values[:, cache.start : cache.end] = value
-        return scaled_dot_product(query, keys[:, : cache.end], values[:, : cache.end]).flatten(0, 1)
+    def image_constants(self, compute: Callable[[], Constants]) -> Constants:
+        return self.constants_of_image
 
-    def attend_text(self, query_THd: Tensor, key_value: Callable[[], KeyValue]) -> Tensor:
-        """Attention to the row's own text; (T, H, d) -> (T, H, d)."""
-        cache = self.cache
-        cached = cache.text[self.layer]
-        if cached is None:
-            key_SHd, value_SHd = key_value()
-            cached = cache.text[self.layer] = key_SHd[cache.text_index_RS], value_SHd[cache.text_index_RS]
-        key, value = (kept[: cache.rows] for kept in cached)
-        query = query_THd.unflatten(0, (cache.rows, -1))
-        return scaled_dot_product(query, key, value, cache.text_mask_R11S[: cache.rows]).flatten(0, 1)
+    def text_constants(self, compute: Callable[[], Constants]) -> Constants:
+        return self.constants_of_text
+
+    def attend_image(self, query_RNHd: Tensor, key_RNHd: Tensor, value_RNHd: Tensor) -> Tensor:
+        """Keeps the scale's keys and values, and attends to all kept ones; (R, N, H, d) -> (R, N, H, d)."""
+        self.keys[:, self.start : self.end] = key_RNHd
+        self.values[:, self.start : self.end] = value_RNHd
+        return scaled_dot_product(query_RNHd, self.keys[:, : self.end], self.values[:, : self.end])
+
+    def attend_text(self, query_RNHd: Tensor, key_value: Callable[[], KeyValue]) -> Tensor:
+        """Attention to the row's own text; (R, N, H, d) -> (R, N, H, d)."""
+        return scaled_dot_product(query_RNHd, self.text_keys, self.text_values, self.text_mask_R11S)

@@ -5,7 +5,7 @@
     POST   /api/jobs                         requests.DrawRequest -> 202 and the job; 422 what is wrong; 503 queue full
     GET    /api/jobs/ID                      the job's state
     GET    /api/jobs/ID/events               its states as server-sent events, until it is finished
-    GET    /api/jobs/ID/scales/K/I.png       picture I after scale K
+    GET    /api/jobs/ID/scales/K/I           picture I after scale K: a small JPEG, of the last scale the PNG itself
     GET    /api/jobs/ID/pictures/I.png       picture I
     DELETE /api/jobs/ID                      cancels it
 
@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from star_dist.errors import UserError
 from star_dist.inference.pipeline import StarPipeline
-from star_dist.serve.jobs import FINISHED, Job, QueueFull, Worker
+from star_dist.serve.jobs import FINISHED, Job, QueueFull, Worker, media_type
 from star_dist.serve.limits import Limits
 from star_dist.serve.requests import DrawRequest, check_request
 from star_dist.text import check_fit
@@ -121,12 +121,13 @@ def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[st
     async def events(job_id: str) -> StreamingResponse:
         return StreamingResponse(_events(find(job_id), describe), media_type="text/event-stream", headers=PAGE_HEADERS)
 
-    @app.get("/api/jobs/{job_id}/scales/{scale}/{picture}.png")
+    @app.get("/api/jobs/{job_id}/scales/{scale}/{picture}")
     async def preview(job_id: str, scale: int, picture: int) -> Response:
         previews = find(job_id).previews
         if not (0 <= scale < len(previews) and 0 <= picture < len(previews[scale])):
             raise HTTPException(404, "that picture is not drawn yet")
-        return Response(previews[scale][picture], media_type="image/png", headers=PICTURE_HEADERS)
+        file = previews[scale][picture]
+        return Response(file, media_type=media_type(file), headers=PICTURE_HEADERS)
 
     @app.get("/api/jobs/{job_id}/pictures/{picture}.png")
     async def finished(job_id: str, picture: int) -> Response:

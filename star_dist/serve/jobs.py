@@ -1,4 +1,8 @@
-"""One worker that draws job after job, a bounded queue before it, and the last finished jobs' pictures in memory."""
+"""One worker that draws job after job, a bounded queue before it, and the last finished jobs' pictures in memory.
+
+Previews are thumbnails: a latent larger than they are is averaged before it is decoded, so that the drawing waits
+little for them. The pictures themselves are decoded in full.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,12 @@ from star_dist.inference.pipeline import StarPipeline
 from star_dist.inference.sampler import SampledScale
 from star_dist.serve.limits import Limits
 from star_dist.serve.requests import Drawing
+from star_dist.tokenizer.quantizer import shrink
 
 logger = logging.getLogger(__name__)
 
 State = Literal["waiting", "drawing", "done", "failed", "cancelled"]
+PREVIEW_SIDE = 256  # of previews at most, in pixels
 FINISHED = ("done", "failed", "cancelled")
 
 
@@ -35,7 +41,7 @@ class Cancelled(Exception):
 
 @dataclass
 class Job:
-    """previews: PNG files of every picture, scale by scale; the last scale's are the pictures themselves."""
+    """previews: files of every picture, scale by scale: small JPEGs, and of the last scale PNGs, the pictures."""
 
     drawing: Drawing
     num_scales: int
@@ -44,6 +50,11 @@ class Job:
     error: str | None = None
     previews: list[list[bytes]] = field(default_factory=list)
     cancel: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its pictures."""
+        return sum(len(file) for files in self.previews for file in files)
 
     def describe(self) -> dict[str, Any]:
         """The job as the API shows it. scales_done: for how many scales there are previews."""
@@ -67,6 +78,9 @@ class Worker:
     def __init__(self, pipeline: StarPipeline, limits: Limits) -> None:
         self.pipeline = pipeline
         self.limits = limits
+        # Decoding averages of the latent's cells gives a small picture at a small part of the cost.
+        cells = PREVIEW_SIDE // pipeline.tokenizer.config.downsampling
+        self.preview_cells = max(1, min(cells, pipeline.schedule.latent_side))
         self.jobs: OrderedDict[str, Job] = OrderedDict()
         self.lock = threading.Lock()
         self.queue: queue.Queue[Job | None] = queue.Queue(maxsize=limits.waiting)
@@ -98,10 +112,18 @@ class Worker:
                     f"{self.limits.waiting} jobs are waiting, which is the limit; try again in a moment"
                 ) from None
             self.jobs[job.id] = job
-            finished = [other.id for other in self.jobs.values() if other.state in FINISHED]
-            for old in finished[: max(0, len(finished) - self.limits.kept)]:
-                del self.jobs[old]
+            self._drop_old()
         return job
+
+    def _drop_old(self) -> None:
+        """Drops the oldest finished jobs beyond either limit, but never the newest job; call it with the lock held."""
+        finished = [job for job in list(self.jobs.values())[:-1] if job.state in FINISHED]
+        held = sum(job.num_bytes for job in self.jobs.values())
+        for i, job in enumerate(finished):
+            if len(finished) - i <= self.limits.kept and held <= self.limits.kept_bytes:
+                return
+            held -= job.num_bytes
+            del self.jobs[job.id]
 
     def find(self, job_id: str) -> Job:
         """A job by its id.
@@ -120,36 +142,48 @@ class Worker:
 
     def _run(self) -> None:
         while (job := self.queue.get()) is not None:
-            if job.cancel.is_set():
-                job.state = "cancelled"
-                continue
-            job.state = "drawing"
-            try:
-                self._draw(job)
-                job.state = "done"
-            except Cancelled:
-                job.state = "cancelled"
-            except UserError as error:
-                job.error, job.state = str(error), "failed"
-            except Exception as error:
-                # Whatever it is (most likely memory), the page must say so and the next job must be drawn.
-                logger.exception("job %s failed", job.id)
-                job.error, job.state = (
-                    f"drawing failed: {type(error).__name__}; the server's log has the details",
-                    "failed",
-                )
+            self._work(job)
+            with self.lock:
+                self._drop_old()
+
+    def _work(self, job: Job) -> None:
+        """Draws a job and says in it how that ended."""
+        if job.cancel.is_set():
+            job.state = "cancelled"
+            return
+        job.state = "drawing"
+        try:
+            self._draw(job)
+            job.state = "done"
+        except Cancelled:
+            job.state = "cancelled"
+        except UserError as error:
+            job.error, job.state = str(error), "failed"
+        except Exception as error:
+            # Whatever it is (most likely memory), the page must say so and the next job must be drawn.
+            logger.exception("job %s failed", job.id)
+            job.error = f"drawing failed: {type(error).__name__}; the server's log has the details"
+            job.state = "failed"
 
     def _draw(self, job: Job) -> None:
         def keep(drawn: SampledScale) -> None:
             if job.cancel.is_set():
                 raise Cancelled
-            job.previews.append([_png(picture) for picture in self.pipeline.decode(drawn.latent_BCHH)])
+            last = drawn.scale + 1 == drawn.num_scales
+            latent_BCHH = drawn.latent_BCHH if last else shrink(drawn.latent_BCHH, self.preview_cells)
+            pictures = self.pipeline.decode(latent_BCHH)
+            job.previews.append([_file(picture, "PNG" if last else "JPEG") for picture in pictures])
 
         drawing = job.drawing
         self.pipeline.sample(drawing.prompts, drawing.seeds, drawing.options, on_scale=keep)
 
 
-def _png(picture: Image.Image) -> bytes:
+def media_type(file: bytes) -> str:
+    """Of a job's picture or preview."""
+    return "image/png" if file.startswith(b"\x89PNG") else "image/jpeg"
+
+
+def _file(picture: Image.Image, kind: Literal["PNG", "JPEG"]) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    picture.save(file, kind)
     return file.getvalue()

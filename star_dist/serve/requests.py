@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from star_dist.errors import UserError
+from star_dist.inference.arguments import MAX_SEED
 from star_dist.inference.options import SamplingOptions
 from star_dist.serve.limits import Limits
-
-MAX_SEED = 2**63 - 1
 
 
 class DrawRequest(BaseModel):

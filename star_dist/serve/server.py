@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 
 import uvicorn
 
 from star_dist.errors import UserError
+from star_dist.inference import memory
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.serve.app import create_app
 from star_dist.serve.limits import Limits
@@ -18,19 +20,18 @@ MAX_CONNECTIONS = 256
 STOP_S = 5
 
 
-def serve(model: str, host: str, port: int, device: str | None, limits: Limits, loopback: bool) -> None:
-    """Serves until Ctrl-C. loopback: `host` is this machine alone, so requests must address it by its own names.
+def serve(load: Callable[[], StarPipeline], host: str, port: int, limits: Limits, loopback: bool) -> None:
+    """Serves what `load` gives until Ctrl-C. loopback: `host` is this machine alone, so requests must address it by its
+    own names.
 
     Raises:
-        UserError: no such model or device, or the address is taken.
+        UserError: no such model or device, the address is taken, or there is no memory to draw with.
     """
     # Before the model is loaded: a port that is taken is found at once.
     listener = _listen(host, port)
-    try:
-        pipeline = StarPipeline.from_pretrained(model, device)
-    except RuntimeError as error:  # what torch raises for a device that is not there
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    name = pipeline.origin.run_name if pipeline.origin else Path(model).name
+    pipeline = load()
+    limits = fitting_limits(pipeline, limits)
+    name = pipeline.origin.run_name if pipeline.origin else "star"
     if not loopback:
         print(f"warning: {host} can be reached from other machines, and this page has no password", file=sys.stderr)
     app = create_app(pipeline, name, limits, LOOPBACK_HOSTS if loopback else None)
@@ -40,6 +41,25 @@ def serve(model: str, host: str, port: int, device: str | None, limits: Limits, 
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {name} at http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def fitting_limits(pipeline: StarPipeline, limits: Limits) -> Limits:
+    """The limits with no more pictures in one drawing than the free memory holds; says so where that is fewer.
+
+    Raises:
+        UserError: not even one fits.
+    """
+    fit = memory.most_pictures(pipeline)
+    if fit < 1:
+        needed, free = (count / 1e9 for count in (memory.drawing_bytes(pipeline), memory.free_bytes(pipeline.device)))
+        raise UserError(
+            f"one picture takes about {needed:.3g} GB to draw, and {free:.3g} GB are free on {pipeline.device}; free "
+            f"some, or choose another --device"
+        )
+    if fit >= limits.pictures:
+        return limits
+    print(f"warning: {fit} pictures fit the memory, so --max-pictures {limits.pictures} is {fit} here", file=sys.stderr)
+    return replace(limits, pictures=fit)
 
 
 def _listen(host: str, port: int) -> socket.socket:

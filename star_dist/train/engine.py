@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
-from star_dist.model.attention import choose_kernel
 from star_dist.model.initialization import initial_value
-from star_dist.model.kernels.base import KernelUnavailable
 from star_dist.model.star import STAR
 from star_dist.process import ProcessInfo, check_gpus_are_there
 from star_dist.train.control import TIMEOUT
 from star_dist.train.optim import build_optimizer, parameter_groups
+from star_dist.train.precision import attention_kernel
 from star_dist.train.sharded_state import ShardedState
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -44,7 +43,7 @@ class Engine:
         self.config = config
         self.process = process
         self.device = _device(process)
-        self.attention = _attention_kernel(config, self.device)
+        self.attention = attention_kernel(config, self.device, training=True)
         timeout = collective_timeout(config)
         _initialize_process_group(timeout)
         settings = config.deepspeed_config(process.world_size)
@@ -153,21 +152,6 @@ class Engine:
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _attention_kernel(config: RunConfig, device: torch.device) -> str:
-    """What the run's attention kernel is on this machine.
-
-    Raises:
-        UserError: the named kernel cannot train here.
-    """
-    name = config.model.attention
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    try:
-        kernel = choose_kernel(name, device, dtype, training=True)
-    except KernelUnavailable as error:
-        raise UserError(str(error)) from None
-    return kernel.description + (", chosen by auto" if name == "auto" else "")
 
 
 def _device(process: ProcessInfo) -> torch.device:

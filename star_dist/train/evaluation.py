@@ -19,6 +19,7 @@ from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.train.checkpoint import CheckpointFolder, check_same_tokenizer
 from star_dist.train.export_checkpoint import checkpoint_weights
 from star_dist.train.loss_report import by_scale, loss_report
+from star_dist.train.precision import attention_kernel, frozen_dtype, run_dtype
 from star_dist.train.token_losses import TokenLosses
 
 
@@ -27,23 +28,25 @@ def evaluate(folder: Path, config: RunConfig, step: int | None) -> dict[str, flo
     """What training reports as validation/…, for a run folder's checkpoint or an export.
 
     Raises:
-        UserError: neither of the two, a model that does not fit the config, or data that cannot be read.
+        UserError: neither of the two, an attention kernel that cannot run here, a model that does not fit the config,
+            or data that cannot be read.
     """
     if config.data.validation_split is None:
         raise UserError("data.validation_split is null; name the split to evaluate on")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention_kernel(config, device, training=False)
     model, tokenizer, trained_steps = _load(folder, config, step)
     if model.config != config.star_config():
         raise UserError(f"{folder} holds {model.config}, the config describes {config.star_config()}")
-    model, tokenizer = model.to(device).eval(), tokenizer.to(device)
+    # As training does it: weights in bf16, and in float32 only what asks for it, as the head and the loss do.
+    model, tokenizer = model.to(device, run_dtype(config)).eval(), tokenizer.to(device)
     metadata = fetch_matching_metadata(config, tokenizer_hash(tokenizer))
     held_out = HeldOutBatches(config, metadata, rank=0, world_size=1)
-    encoder = None if config.data.text_features else TextEncoder(config.text, device)
+    encoder = None if config.data.text_features else TextEncoder(config.text, device, frozen_dtype(config, device))
     schedule = config.schedule
     losses_K, correct_K = torch.zeros(2, len(schedule), device=device)
     batches = -(-held_out.num_samples // config.train.micro_batch)
-    in_bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
-    token_losses = TokenLosses(config, in_bf16(model), tokenizer.quantize, encoder, device)
+    token_losses = TokenLosses(config, model, tokenizer.quantize, encoder, device)
     for batch, weights_B in tqdm(held_out, total=batches, unit="batch"):
         losses_T, correct_T = token_losses(batch, token_losses.text(batch, None), None)
         losses_K += by_scale(losses_T, schedule, weights_B.to(device))
@@ -57,7 +60,7 @@ def _load(folder: Path, config: RunConfig, step: int | None) -> tuple[STAR, Mult
     if (folder / "model.safetensors").is_file():
         if step is not None:
             raise UserError(f"--step chooses among a run's checkpoints, but {folder} is an export")
-        export, model = load_model(folder, torch.float32)
+        export, model = load_model(folder, torch.float32, config.model.attention)
         return model, load_export_tokenizer(folder, export), export.step
     checkpoint = CheckpointFolder(folder, config.checkpoint).find(step)
     if checkpoint is None:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +113,20 @@ def peak_flops(config: RunConfig, device: torch.device) -> tuple[float, str]:
 
 
 def measured_matmul_flops(
-    device: torch.device, size: int = 1024, repeats: int = 5, dtype: torch.dtype = torch.float32
+    device: torch.device,
+    size: int = 1024,
+    repeats: int = 5,
+    dtype: torch.dtype = torch.float32,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """FLOP/s of a square matrix product on this process's device."""
+    """FLOP/s of a square matrix product on this process's device. clock: wall time, or `time.process_time`."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     torch.mm(a, a).sum().item()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         product = torch.mm(a, a)
     product.sum().item()
-    return repeats * 2 * size**3 / (time.perf_counter() - start)
+    return repeats * 2 * size**3 / (clock() - start)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

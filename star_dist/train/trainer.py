@@ -31,6 +31,7 @@ from star_dist.train.loss_report import by_scale, loss_report
 from star_dist.train.metrics import MetricsLog, peak_flops, peak_memory_bytes
 from star_dist.train.optim import learning_rate
 from star_dist.train.own_time import OwnTime, slowest_rank
+from star_dist.train.precision import frozen_dtype
 from star_dist.train.signals import RequestListener
 from star_dist.train.supervisor import Supervisor
 from star_dist.train.token_losses import TokenLosses
@@ -75,7 +76,7 @@ class Trainer:
         self.tokenizer = tokenizer.to(self.device)
         self.text_encoder = None
         if not config.data.text_features or config.samples.every:
-            self.text_encoder = TextEncoder(config.text, self.device, self._frozen_dtype())
+            self.text_encoder = TextEncoder(config.text, self.device, frozen_dtype(config, self.device))
         if config.samples.every:
             self.text_encoder.check_fit(config.samples.prompts)
         self.token_losses = TokenLosses(config, engine, self.tokenizer.quantize, self.text_encoder, self.device)
@@ -247,7 +248,7 @@ class Trainer:
         weights = self.engine.full_weights()
         if self.rank == 0:
             samples = self.config.samples
-            dtype = self._frozen_dtype()
+            dtype = frozen_dtype(self.config, self.device)
             with torch.device("meta"):
                 model = STAR(self.engine.model.config, self.config.model.attention)
             model.load_state_dict({k: v.to(self.device, dtype) for k, v in weights.items()}, assign=True)
@@ -261,8 +262,3 @@ class Trainer:
                 grid.save(path)
                 self.log.report_picture(done, "samples", path)
         self.engine.barrier()
-
-    def _frozen_dtype(self) -> torch.dtype:
-        """Precision of what is not trained: that of the run on a GPU, float32 on a CPU without fast bf16."""
-        on_gpu_in_bf16 = self.device.type == "cuda" and self.config.train.precision == "bf16"
-        return torch.bfloat16 if on_gpu_in_bf16 else torch.float32

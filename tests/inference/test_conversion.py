@@ -16,14 +16,15 @@ from star_dist.config import RunConfig, TextSection
 from star_dist.conversion import from_public, to_public
 from star_dist.errors import UserError
 from star_dist.export import ExportConfig, initial_weights_from, load_model, read_export_config
+from star_dist.inference.pipeline import StarPipeline
 from star_dist.model.config import StarConfig
 from star_dist.public_layout import (
-    PUBLIC_SCALES,
     check_weights,
     infer_star_config,
     infer_tokenizer_config,
     public_weights,
 )
+from star_dist.scales import PUBLIC_SCALES
 from star_dist.weights import read_weights
 
 SCALES = (1, 2, 3, 4)
@@ -123,6 +124,21 @@ def test_ours_to_public_and_back(tmp_path: Path, inference_folder: Path, text: T
     assert config.facts.licence == "mit" and "license: mit" in (tmp_path / "again" / "README.md").read_text()
     with pytest.raises(UserError, match="exists and is not empty; choose another --out"):
         to_public(inference_folder, tmp_path / "public", "pth")
+
+
+def test_a_pipeline_saves_what_only_the_public_layout_has(
+    tmp_path: Path, inference_folder: Path, text: TextSection
+) -> None:
+    to_public(inference_folder, tmp_path / "public", "pth")
+    files = tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth"
+    weights = read_weights(files[0])
+    weights["class_emb.weight"] = torch.randn(weights["class_emb.weight"].shape)
+    torch.save(weights, files[0])
+    from_public(*files, tmp_path / "model", SCALES, "paper", text, None, 4)
+    StarPipeline.from_pretrained(tmp_path / "model", "cpu").save_pretrained(tmp_path / "saved")
+    to_public(tmp_path / "saved", tmp_path / "back", "pth")
+    assert same(read_weights(tmp_path / "back" / "star.pth"), weights)
+    assert same(read_weights(tmp_path / "back" / "vae.pth"), read_weights(files[1]))
 
 
 def test_training_goes_on_from_a_converted_model(

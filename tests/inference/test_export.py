@@ -27,28 +27,6 @@ GREEDY = SamplingOptions(guidance=2.0, top_k=1)
 PROMPTS = ["red heart", "blue flag", "green face"]
 
 
-@pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, dataset_folder: Path, tokenizer_folder: Path, text_encoder_folder: Path
-) -> RunConfig:
-    """A run of 2 ranks that has learned a little."""
-    import tests.conftest
-
-    make = tests.conftest.run_config.__wrapped__(
-        dataset_folder, tokenizer_folder, text_encoder_folder, tmp_path_factory.mktemp("trained")
-    )
-    config = make(train={"steps": 80}, checkpoint={"every": 40})
-    train_on(config, 2)
-    return config
-
-
-@pytest.fixture(scope="module")
-def exported(trained: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export") / "model"
-    assert export_checkpoint(Path(trained.run_dir), folder, None, "fp32") == 80
-    return folder
-
-
 def test_fp32_export_holds_the_masters(trained: RunConfig, exported: Path) -> None:
     stored = load_file(exported / "model.safetensors")
     masters = weights(trained)

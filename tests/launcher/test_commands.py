@@ -18,9 +18,15 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = [
     ["launcher/train.py"],
     ["launcher/train_tokenizer.py"],
+    ["launcher/plan.py"],
     ["launcher/export.py"],
     ["launcher/convert.py"],
+    ["launcher/convert.py", "from-public"],
+    ["launcher/convert.py", "to-public"],
     ["launcher/edit.py"],
+    ["launcher/edit.py", "inpaint"],
+    ["launcher/edit.py", "outpaint"],
+    ["launcher/edit.py", "vary"],
     ["-m", "star_dist.command"],
     ["-m", "star_dist.command", "serve"],
     ["launcher/sample.py"],
@@ -31,6 +37,9 @@ COMMANDS = [
     ["launcher/preflight.py"],
     ["launcher/retry.py"],
     ["-m", "data_prep.tokenize"],
+    ["-m", "data_prep.merge"],
+    ["-m", "data_prep.verify"],
+    ["-m", "data_prep.caption"],
     ["-m", "data_prep.openmoji"],
 ]
 HELP_LIMIT_S = 0.5
@@ -67,6 +76,10 @@ def test_help_answers_at_once(command: list[str]) -> None:
             "top_k has 2 values, the model has 10 scales; give one value or 10",
         ),
         (
+            ["launcher/train.py", "--config", "configs/d30.json", "samples.smoothing=[0.3,0.1]"],
+            "smoothing has 2 values, the model has 10 scales; give one value or 10",
+        ),
+        (
             ["launcher/train.py", "--config", "configs/d30.json", "--dry-run", "--gpus", "7"],
             "is not a multiple of train.micro_batch 16 x 7 ranks",
         ),
@@ -99,7 +112,24 @@ def test_help_answers_at_once(command: list[str]) -> None:
             ],
             "--scales takes growing whole numbers from 1 on, got '2,1'",
         ),
+        (
+            ["launcher/convert.py", "from-public", "--transformer", "a", "--tokenizer", "b", "--out", "c"],
+            "both have ten scales: give --resolution or --scales",
+        ),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png"], "absent is no inference folder"),
+        (
+            ["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--seed=-1"],
+            "--seed must lie in 0..9223372036854775807 for 1 pictures, got -1",
+        ),
+        (
+            ["launcher/edit.py", "vary", "absent", "absent.png", "heart", "--out", "x.png", "--seed", str(2**63 - 1)]
+            + ["--keep-scales", "1", "--count", "2"],
+            "--seed must lie in 0..9223372036854775806 for 2 pictures, got 9223372036854775807",
+        ),
+        (
+            ["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--device", "abacus"],
+            "there is no device abacus",
+        ),
         (["launcher/status.py", "absent"], "absent is no run folder"),
         (["launcher/evaluate.py", "absent"], "absent is neither a run folder nor an export"),
         (["launcher/submit.py", "configs/d30.json", "--nodes", "0"], "--nodes must be positive, got 0"),
@@ -193,10 +223,13 @@ def test_submit_says_what_it_would_submit(run_config: Callable[..., RunConfig], 
 
 
 @pytest.mark.slow
-def test_evaluate_agrees_with_the_trainings_own_validation(run_config: Callable[..., RunConfig]) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluate_agrees_with_the_trainings_own_validation(
+    run_config: Callable[..., RunConfig], precision: str
+) -> None:
     from tests.train.runs import train_on
 
-    config = run_config(train={"steps": 2}, validation={"every": 2, "num_samples": 7})
+    config = run_config(train={"steps": 2, "precision": precision}, validation={"every": 2, "num_samples": 7})
     expected = train_on(config, 2)[2]
     result = run(sys.executable, "launcher/evaluate.py", config.run_dir)
     assert result.returncode == 0, result.stderr
@@ -205,6 +238,9 @@ def test_evaluate_agrees_with_the_trainings_own_validation(run_config: Callable[
     for key, value in expected.items():
         if key.startswith("validation/"):
             assert found[key] == pytest.approx(value, abs=2e-6)
+    result = run(sys.executable, "launcher/evaluate.py", config.run_dir, "model.attention=flash")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
 
 
 @pytest.mark.slow

@@ -13,11 +13,16 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from star_dist.errors import UserError
+from star_dist.inference import memory
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import StarPipeline
+from star_dist.serve import jobs
 from star_dist.serve.app import create_app
+from star_dist.serve.jobs import Worker
 from star_dist.serve.limits import Limits
-from star_dist.serve.server import LOOPBACK_HOSTS
+from star_dist.serve.requests import Drawing
+from star_dist.serve.server import LOOPBACK_HOSTS, fitting_limits
 
 LIMITS = Limits(pictures=4, prompt_letters=50, waiting=2, kept=3, body_bytes=2000)
 DEADLINE_S = 60
@@ -63,9 +68,9 @@ def wait(client: TestClient, job: dict, *states: str) -> dict:
     return found
 
 
-def picture(client: TestClient, path: str) -> Image.Image:
+def picture(client: TestClient, path: str, kind: str = "png") -> Image.Image:
     response = client.get(path)
-    assert response.status_code == 200 and response.headers["content-type"] == "image/png"
+    assert response.status_code == 200 and response.headers["content-type"] == f"image/{kind}"
     return Image.open(io.BytesIO(response.content)).convert("RGB")
 
 
@@ -74,8 +79,8 @@ def test_a_batch_draws_what_the_pipeline_draws(client: TestClient, pipeline: Sta
     job = wait(client, submit(client, prompts=prompts, seed=[3, 9], guidance=2.0, top_k=[1, 5, 5, 0], temperature=0.9))
     expected = pipeline(prompts, [3, 9], SamplingOptions(2.0, top_k=(1, 5, 5, 0), temperature=0.9))
     assert [picture(client, path).tobytes() for path in job["pictures"]] == [drawn.tobytes() for drawn in expected]
-    last = picture(client, f"/api/jobs/{job['id']}/scales/3/1.png")
-    first = picture(client, f"/api/jobs/{job['id']}/scales/0/1.png")
+    last = picture(client, f"/api/jobs/{job['id']}/scales/3/1")
+    first = picture(client, f"/api/jobs/{job['id']}/scales/0/1", "jpeg")
     assert last.tobytes() == expected[1].tobytes() != first.tobytes()
 
 
@@ -159,9 +164,38 @@ def test_queue_is_bounded_and_drawings_can_be_cancelled(client: TestClient, held
 
 
 def test_old_drawings_are_dropped(client: TestClient) -> None:
-    jobs = [wait(client, submit(client)) for _ in range(5)]
-    known = [client.get(f"/api/jobs/{job['id']}").status_code for job in jobs]
+    drawn = [wait(client, submit(client)) for _ in range(5)]
+    known = [client.get(f"/api/jobs/{job['id']}").status_code for job in drawn]
     assert known == [404, 200, 200, 200, 200]  # the newest, and the three that were finished before it came
+
+
+def test_previews_are_small_and_kept_pictures_bounded_in_bytes(
+    pipeline: StarPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "PREVIEW_SIDE", 8)  # half of what the model draws
+    worker = Worker(pipeline, Limits(kept=100, kept_bytes=4000))
+    worker.start()
+    drawings = [worker.submit(Drawing(("red heart",), (seed,), SamplingOptions())) for seed in range(9)]
+    worker.queue.put(None)
+    worker.thread.join(DEADLINE_S)
+    last = drawings[-1]
+    sizes = [Image.open(io.BytesIO(files[0])).size for files in last.previews]
+    assert sizes == [(8, 8)] * 3 + [(16, 16)]
+    kept = [job for job in drawings if job.id in worker.jobs]
+    assert kept == drawings[-len(kept) :] and 1 <= len(kept) < 9
+    assert sum(job.num_bytes for job in kept) <= 4000 or len(kept) == 1
+
+
+def test_no_more_pictures_than_fit_the_memory(pipeline: StarPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = memory.drawing_bytes(pipeline)
+    cache = 2 * 2 * 32 * (30 + 8) * 4  # keys and values, 2 layers of width 32, 30 + 8 tokens, float32
+    assert one > 2 * cache
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * one)
+    assert fitting_limits(pipeline, Limits(pictures=16)).pictures == 3
+    assert fitting_limits(pipeline, Limits(pictures=2)).pictures == 2
+    monkeypatch.setattr(memory, "free_bytes", lambda device: one)
+    with pytest.raises(UserError, match=r"one picture takes about 0\.\d+ GB to draw, .* free on cpu"):
+        fitting_limits(pipeline, Limits())
 
 
 def test_a_drawing_that_fails_says_so_and_the_next_is_drawn(

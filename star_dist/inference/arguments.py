@@ -1,0 +1,53 @@
+"""Arguments that all commands share which draw with a model. Imports no torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from star_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from star_dist.inference.pipeline import StarPipeline
+
+MAX_SEED = 2**63 - 1
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model and how it runs, read by `load_pipeline`."""
+    parser.add_argument(
+        "model", metavar="DIR", help="inference folder (launcher/export.py writes one) or Hugging Face id"
+    )
+    group = parser.add_argument_group("running")
+    group.add_argument("--device", help="cuda, cuda:1, cpu … (default: a GPU if there is one)")
+    group.add_argument("--dtype", choices=("bf16", "fp32"), help="of the transformer (default: bf16 on a GPU)")
+    group.add_argument("--no-graphs", action="store_true", help="no CUDA graphs, which a GPU has by default")
+    group.add_argument("--compile", action="store_true", help="compile the blocks; the first drawing takes long then")
+
+
+def load_pipeline(arguments: argparse.Namespace) -> StarPipeline:
+    """What was typed after `add_model_arguments`.
+
+    Raises:
+        UserError: no such model or device.
+    """
+    from star_dist.export import DTYPES
+    from star_dist.inference.pipeline import StarPipeline
+
+    dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
+    pipeline = StarPipeline.from_pretrained(arguments.model, arguments.device, dtype)
+    if arguments.no_graphs or arguments.compile:
+        pipeline.accelerate(False if arguments.no_graphs else None, arguments.compile)
+    return pipeline
+
+
+def add_seed_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; it counts up (default 0)")
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Raises:
+    UserError: a seed of `count` that count up from the first is no seed of PyTorch's generators.
+    """
+    if not 0 <= first <= MAX_SEED - count + 1:
+        raise UserError(f"--seed must lie in 0..{MAX_SEED - count + 1} for {count} pictures, got {first}")

@@ -1,0 +1,204 @@
+"""Recorded scales draw what the plain model draws; on a CPU the recorder is a stand-in that runs the function again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from star_dist.errors import UserError
+from star_dist.inference import acceleration
+from star_dist.inference.cached_model import CachedModel
+from star_dist.inference.options import SamplingOptions
+from star_dist.inference.pipeline import StarPipeline
+
+PROMPTS = ["red heart", "blue flag", "green face"]
+GUIDED = SamplingOptions(3.0, top_k=(1, 5, 9, 0))
+UNGUIDED = SamplingOptions(0.0)
+HALF_GUIDED = SamplingOptions(guidance_by_scale=(0, 2, 0, 0))
+
+
+class Rerun:
+    """Records as a CUDA graph does: it knows memory, not values. What is computed is forgotten until a replay.
+
+    made: how many recorders were asked for.
+    """
+
+    def __init__(self) -> None:
+        self.made = self.recorded = self.replayed = 0
+
+    def new(self) -> Rerun:
+        self.made += 1
+        return self
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        function()
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            function()
+
+        return replay
+
+
+@pytest.fixture
+def plain(inference_folder: Path) -> StarPipeline:
+    return StarPipeline.from_pretrained(inference_folder)
+
+
+@pytest.fixture
+def recorder() -> Rerun:
+    return Rerun()
+
+
+@pytest.fixture
+def recorded(inference_folder: Path, recorder: Rerun) -> StarPipeline:
+    pipeline = StarPipeline.from_pretrained(inference_folder)
+    pipeline.record_with(recorder.new)
+    return pipeline
+
+
+def assert_same(first: StarPipeline, second: StarPipeline, prompts: list[str], seed: int, options: object) -> None:
+    drawn, expected = (pipeline.sample(prompts, seed, options) for pipeline in (first, second))
+    assert torch.equal(drawn.tokens_BL, expected.tokens_BL)
+    assert torch.equal(drawn.latent_BCHH, expected.latent_BCHH)
+    pictures = [[picture.tobytes() for picture in p.decode(drawn.latent_BCHH)] for p in (first, second)]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("options", [GUIDED, UNGUIDED, HALF_GUIDED], ids=["guided", "unguided", "half guided"])
+def test_recorded_scales_draw_the_same_pictures(
+    plain: StarPipeline, recorded: StarPipeline, recorder: Rerun, options: SamplingOptions
+) -> None:
+    """Batches of 1 and 3, other prompts and other text lengths one after another, from the same memory."""
+    for seed, prompts in enumerate([PROMPTS, [PROMPTS[1]], [""], ["red heart blue flag", "", "face"], PROMPTS[:1]]):
+        assert_same(recorded, plain, prompts, seed, options)
+    row_counts = {GUIDED: 2, UNGUIDED: 2, HALF_GUIDED: 2}[options]
+    assert recorder.recorded == 4 * row_counts  # once per scale and batch, whatever the prompts
+    assert recorder.replayed == 5 * 4
+
+
+def test_memory_stays_in_place_until_a_larger_batch_comes(
+    plain: StarPipeline, recorded: StarPipeline, recorder: Rerun
+) -> None:
+    assert_same(recorded, plain, PROMPTS, 1, GUIDED)
+    cache = recorded.recorded.plain.cache
+    addresses = cache.keys.data_ptr(), cache.values.data_ptr(), cache.text_keys.data_ptr()
+    for options in (UNGUIDED, GUIDED):
+        assert_same(recorded, plain, PROMPTS[:1], 2, options)
+    assert recorded.recorded.plain.cache is cache and len(recorded.recorded.recorded) == 3
+    assert recorder.made == 1
+    assert addresses == (cache.keys.data_ptr(), cache.values.data_ptr(), cache.text_keys.data_ptr())
+    assert_same(recorded, plain, PROMPTS + PROMPTS, 3, GUIDED)
+    assert recorded.recorded.plain.cache is not cache and list(recorded.recorded.recorded) == [12]
+    assert recorder.made == 2  # PyTorch refuses the memory pool of graphs that are all gone
+
+
+def test_drawing_goes_on_after_memory_was_short(
+    plain: StarPipeline, recorded: StarPipeline, recorder: Rerun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the cache did not fit, and where a scale could not be recorded."""
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert_same(recorded, plain, PROMPTS[:1], 1, GUIDED)
+    for where, name in ((acceleration, "CachedModel"), (Rerun, "__call__"), (acceleration.torch, "empty")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, fail)
+            with pytest.raises(torch.OutOfMemoryError):
+                recorded.recorded.reserve(12, 8).logits(0, torch.zeros(12, 16))
+        assert recorded.recorded.plain is None and not recorded.recorded.recorded
+        assert_same(recorded, plain, PROMPTS[:1], 1, GUIDED)
+
+
+def test_graphs_of_the_last_row_counts_alone_are_kept(
+    plain: StarPipeline, recorded: StarPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceleration, "KEPT_ROW_COUNTS", 2)
+    for batch in (3, 2, 1, 3):
+        assert_same(recorded, plain, PROMPTS[:batch], batch, UNGUIDED)
+    assert list(recorded.recorded.recorded) == [1, 3]
+
+
+def test_in_bf16_and_with_weights_moved(plain: StarPipeline, recorded: StarPipeline, recorder: Rerun) -> None:
+    assert_same(recorded, plain, PROMPTS, 1, GUIDED)
+    for pipeline in (plain, recorded):
+        pipeline.to(dtype=torch.bfloat16)
+    assert recorded.recorded is None  # on a CPU nothing records unless it is told to
+    recorded.record_with(recorder.new)
+    assert_same(recorded, plain, PROMPTS, 1, GUIDED)
+
+
+def test_graphs_are_never_used_where_they_cannot_be(plain: StarPipeline) -> None:
+    assert plain.accelerate().recorded is None and plain.accelerate(graphs=False).recorded is None
+    with pytest.raises(UserError, match="CUDA graphs need a GPU, the pipeline is on cpu"):
+        plain.accelerate(graphs=True)
+    with pytest.raises(UserError, match="there is no device cuda:77"):
+        plain.to("cuda:77")
+
+
+def test_what_does_not_change_is_computed_once(plain: StarPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a drawing: the layers' constants once per layer, and texts once per layer, not once per scale."""
+    counts = {"attn": 0, "cross": 0, "text": 0}
+
+    def count(kind: str, cls: type, name: str) -> None:
+        original = getattr(cls, name)
+
+        def counted(self: object, *arguments: object) -> object:
+            counts[kind] += 1
+            return original(self, *arguments)
+
+        monkeypatch.setattr(cls, name, counted)
+
+    block = plain.model.blocks[0]
+    count("attn", type(block.attn), "constants")
+    count("cross", type(block.cross_attn), "constants")
+    count("text", type(block.cross_attn), "text_key_value")
+    plain.sample(PROMPTS, 1, GUIDED)
+    assert counts == {"attn": 2, "cross": 2, "text": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+@torch.no_grad()
+def test_compiled_blocks_agree(inference_folder: Path, plain: StarPipeline) -> None:
+    """Every layer shares what is compiled for a scale: two layers and two scales are two graphs."""
+    import torch._dynamo
+
+    compiled = StarPipeline.from_pretrained(inference_folder).accelerate(compile=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    text, inputs = torch.randn(5, 16), [torch.randn(1, 16), torch.randn(1, 4, 8)]
+    worst = 0.0
+    models = [CachedModel(pipeline.model, pipeline.schedule, 1, 8) for pipeline in (plain, compiled)]
+    for model in models:
+        model.set_text(text, (0,), (5,))
+    for scale, x in enumerate(inputs):
+        one, other = (model.logits(scale, x) for model in models)
+        worst = max(worst, (one - other).abs().max().item() / one.abs().max().item())
+    assert worst < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs cannot be recorded")
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_graphs_draw_what_the_plain_path_draws(inference_folder: Path, compile: bool) -> None:
+    """In fp32: tokens of both paths; that graphs were used at all is seen in what is kept."""
+    graphs = StarPipeline.from_pretrained(inference_folder, "cuda", torch.float32).accelerate(compile=compile)
+    plain = StarPipeline.from_pretrained(inference_folder, "cuda", torch.float32).accelerate(graphs=False)
+    for options in (GUIDED, UNGUIDED, HALF_GUIDED):
+        # The last batch is larger than all before it, so everything is recorded again.
+        for seed, prompts in enumerate(
+            [PROMPTS, [PROMPTS[1]], ["red heart blue flag", "", "face"], PROMPTS[:1], 2 * PROMPTS]
+        ):
+            drawn, expected = (pipeline.sample(prompts, seed, options) for pipeline in (graphs, plain))
+            assert torch.equal(drawn.tokens_BL, expected.tokens_BL)
+    assert graphs.recorded.recorded and plain.recorded is None
+    assert graphs("red heart")[0].size == (16, 16)  # pixels in bf16
