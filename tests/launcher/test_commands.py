@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from star_dist.config import RunConfig, dump_config
 
@@ -171,6 +172,20 @@ def test_dry_run_needs_nothing(config: str, parameters: str) -> None:
         "tokens per picture",
     ):
         assert said in result.stdout
+
+
+@pytest.mark.slow
+def test_edits_in_batches_are_those_of_one_batch(inference_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), (200, 40, 30)).save(tmp_path / "photo.png")
+    drawn = []
+    for batch in ("3", "2"):
+        out = tmp_path / batch / "fox.png"
+        command = ["launcher/edit.py", "vary", str(inference_folder), str(tmp_path / "photo.png"), "red heart"]
+        command += ["--keep-scales", "1", "--count", "3", "--seed", "5", "--batch", batch, "--out", str(out)]
+        result = run(sys.executable, *command, "--device", "cpu", "--dtype", "fp32")
+        assert result.returncode == 0, result.stderr
+        drawn.append([out.with_stem(f"fox-{i}").read_bytes() for i in range(3)])
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3
 
 
 def test_bare_srun_gives_every_task_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:

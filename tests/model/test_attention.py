@@ -327,13 +327,13 @@ def test_libraries_are_tried_in_order(fresh_choice: None) -> None:
 
 
 def test_a_named_kernel_that_cannot_run_is_an_error(run_config: Callable[..., RunConfig]) -> None:
-    from star_dist.train.engine import _attention_kernel
+    from star_dist.train.precision import attention_kernel
 
-    assert _attention_kernel(run_config(), CPU).endswith(", chosen by auto")
+    assert attention_kernel(run_config(), CPU, training=True).endswith(", chosen by auto")
     for name, said in (("flash", "flash needs a GPU"), ("flex", "flex cannot train on a CPU")):
         config = run_config(model={"attention": name})
         with pytest.raises(UserError, match=said):
-            _attention_kernel(config, CPU)
+            attention_kernel(config, CPU, training=True)
     with pytest.raises(ValueError, match="'fastest' is not one of auto, flash, flex, sdpa, reference"):
         attention.check_kernel_name("fastest")
 
