@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data_prep.captioner import Captioner
 from data_prep.job import JOB_FILE, WITHOUT_INFLUENCE, check_same_job, work_folder
 from data_prep.partition import Partition, exclusive
-from data_prep.preparation import read_item
+from data_prep.preparation import Rejected, describe_item, read_item
 from data_prep.recaptions import caption_line
 from data_prep.sources import SourceBase, SourceItem, open_source
 from star_dist.config import CaptionConfig
@@ -124,12 +124,12 @@ class _CaptionJob:
                 target.flush()
                 bar.update(len(batch))
         bar.total = max(bar.n, round(before + (bar.n - before) / share))
-        lines = local.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = local.read_bytes().splitlines(keepends=True)  # bytes: text would be split at U+2028 and others too
         rejects = [line for line in lines if "reason" in json.loads(line)]
         if rejects:
-            self.store.write(file.removesuffix(".jsonl") + REJECTS_SUFFIX, "".join(rejects).encode())
+            self.store.write(file.removesuffix(".jsonl") + REJECTS_SUFFIX, b"".join(rejects))
         captions = [line for line in lines if "caption" in json.loads(line)]
-        self.store.write(file, "".join(captions).encode())
+        self.store.write(file, b"".join(captions))
         local.unlink()
         return counts[0], counts[1]
 
@@ -148,8 +148,9 @@ class _CaptionJob:
 
     def _picture(self, item: SourceItem) -> Image.Image | str:
         try:
+            describe_item(item)
             image = decode_picture(read_item(item))
-        except UnreadablePicture as error:
+        except (Rejected, UnreadablePicture) as error:
             return str(error)
         image.thumbnail((self.config.side, self.config.side), Image.Resampling.LANCZOS)
         return image

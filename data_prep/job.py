@@ -126,7 +126,8 @@ def describe_job(
     config: PrepConfig, source: SourceBase, tokenizer: VQVAEConfig, tokenizer_hash: str, partitions: int
 ) -> JobDescription:
     """The description that all partitions of this job come to."""
-    names = hashlib.sha256("\n".join(source.units).encode())
+    # A file's name may be no Unicode, which Python holds as lone surrogates.
+    names = hashlib.sha256("\n".join(source.units).encode(errors="surrogatepass"))
     return JobDescription(
         config=identity(config),
         partitions=partitions,

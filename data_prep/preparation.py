@@ -9,6 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -54,7 +55,7 @@ def prepare(item: SourceItem, config: PrepConfig, caption_names: tuple[str, ...]
     """
     started = time.perf_counter()
     try:
-        description = item.describe()
+        description = describe_item(item)
         captions = {name: description.captions.get(name, "") for name in caption_names}
         _check_description(description, captions, config)
         data = read_item(item)
@@ -82,15 +83,28 @@ def read_item(item: SourceItem) -> bytes:
     """The bytes of a picture's file.
 
     Raises:
-        UnreadablePicture: the file is missing, may not be read or is none.
+        Rejected: the file is missing, may not be read or is none.
         UserError: the storage fails, so that nothing is known of the picture.
     """
-    try:
+    with _file_faults(item.key, "file"):
         return item.read()
-    except OSError as error:
-        if error.errno in FILE_FAULTS:
-            raise UnreadablePicture(f"unreadable file: {error.strerror}") from None
-        raise UserError(f"cannot read {item.key}: {error.strerror or error}; run the same command again") from None
+
+
+def describe_item(item: SourceItem) -> Description:
+    """What the source says of a picture that it does not refuse.
+
+    Raises:
+        Rejected: the source has found a problem, the name is no Unicode text (shards could not hold it), or the file
+            of the captions is missing or may not be read.
+        UserError: the storage fails, so that nothing is known of the picture.
+    """
+    if not _is_unicode(item.key) or "\0" in item.key:
+        raise Rejected("name is not Unicode text")
+    with _file_faults(item.key, "caption file"):
+        description = item.describe()
+    if description.problem is not None:
+        raise Rejected(description.problem)
+    return description
 
 
 def prepare_all(
@@ -109,11 +123,31 @@ def prepare_all(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+@contextmanager
+def _file_faults(key: str, kind: str) -> Iterator[None]:
+    """Tells a fault of one file from one of the storage."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FILE_FAULTS:
+            raise Rejected(f"unreadable {kind}: {error.strerror}") from None
+        raise UserError(f"cannot read {key}: {error.strerror or error}; run the same command again") from None
+
+
+def _is_unicode(text: str) -> bool:
+    """False for lone surrogates: half a character in a JSON escape, or a file's name in another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check_description(description: Description, captions: Mapping[str, str], config: PrepConfig) -> None:
-    if description.problem is not None:
-        raise Rejected(description.problem)
     if not next(iter(captions.values())):
         raise Rejected("empty caption")
+    if not all(map(_is_unicode, captions.values())):
+        raise Rejected("caption is not Unicode text")
     lengths = [len(caption) for caption in captions.values() if caption]
     if min(lengths) < config.min_caption_chars:
         raise Rejected("caption too short")

@@ -57,12 +57,12 @@ def read_all_captions(stores: Mapping[str, ObjectStore]) -> dict[str, dict[str, 
 
 def _parse(data: bytes, place: str) -> dict[str, str]:
     captions = {}
-    for number, line in enumerate(data.decode("utf-8").split("\n"), start=1):
+    for number, line in enumerate(data.split(b"\n"), start=1):
         if not line:
             continue
         try:
             values = json.loads(line)
             captions[values["key"]] = values["caption"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{place}, line {number} is damaged: {line[:80]!r}") from None
     return captions

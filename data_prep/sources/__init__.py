@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,6 +70,39 @@ class Unit(Protocol):
     def __iter__(self) -> Iterator[SourceItem]: ...
 
 
+def parse_fields(data: bytes) -> dict[str, Any]:
+    """The object in a .json that somebody else wrote.
+
+    Raises:
+        DamagedFields: it is none, or one that Python does not read: nested too deeply, integers of thousands of digits.
+    """
+    try:
+        values = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise DamagedFields(".json is not UTF-8") from None
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise DamagedFields(".json is no JSON object")
+    return values
+
+
+def parse_text(data: bytes) -> str:
+    """The caption in a .txt.
+
+    Raises:
+        DamagedFields: it is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise DamagedFields(".txt is not UTF-8") from None
+
+
+class DamagedFields(ValueError):
+    """What stands beside a picture cannot be read: that picture's fault, not the job's. The message is the reason."""
+
+
 class SourceBase:
     """What all kinds share. A kind is a subclass `Source` with its own `Options`, `units` and `open`.
 
@@ -112,7 +146,7 @@ class SourceBase:
         captions = {name: caption.strip() for name, caption in found.items() if isinstance(caption, str)}
         scores = {}
         for name in self.score_names:
-            with contextlib.suppress(TypeError, ValueError):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
                 scores[name] = float(fields[name]) if name in fields else math.nan
         return Description(captions, {name: score for name, score in scores.items() if not math.isnan(score)})
 

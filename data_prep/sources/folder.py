@@ -19,12 +19,21 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data_prep.recaptions import read_all_captions
-from data_prep.sources import Description, SourceBase, SourceItem, SourceOptions
+from data_prep.sources import (
+    DamagedFields,
+    Description,
+    SourceBase,
+    SourceItem,
+    SourceOptions,
+    parse_fields,
+    parse_text,
+)
 from star_dist.config import StorageSection
 from star_dist.data.pictures import PICTURE_SUFFIXES
 from star_dist.errors import UserError
 
 LISTINGS = ("captions.jsonl", "captions.csv")
+Rows = dict[str, dict[str, Any] | None]  # fields by file; None for one that is listed twice
 SIDECARS = (".json", ".txt")
 
 
@@ -32,7 +41,7 @@ class Source(SourceBase):
     """Pictures of a folder or prefix; see the module. Whether a picture can be read shows only when it is read.
 
     Raises:
-        UserError: no such folder, no captions at all, or a line of a listing that cannot be used.
+        UserError: no such folder, no captions at all, or a listing that is no JSON or CSV.
     """
 
     def __init__(self, options: SourceOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
@@ -40,11 +49,17 @@ class Source(SourceBase):
         listings = [name for name in LISTINGS if self.store.exists(name)]
         if len(listings) > 1:
             raise UserError(f"{options.path} has both {' and '.join(listings)}; remove one")
-        self._listed: dict[str, dict[str, Any]] | None = None
+        self._listed: Rows | None = None
         self._sidecars: frozenset[str] = frozenset()
         if listings:
             read = _read_csv if listings[0].endswith(".csv") else _read_jsonl
-            self._listed = read(_decoded(self.store.read(listings[0]), f"{options.path}/{listings[0]}"), options)
+            self._listed = read(_decoded(self.store.read(listings[0]), f"{options.path}/{listings[0]}"))
+            column = next(iter(options.captions.values()))
+            if self._listed and not any(isinstance((row or {}).get(column), str) for row in self._listed.values()):
+                raise UserError(
+                    f'no line of {options.path}/{listings[0]} has "{column}" with a string; source.captions names the '
+                    f"fields of captions"
+                )
             self.units = sorted(self._listed)
         else:
             self.units, self._sidecars = self._find()
@@ -62,8 +77,10 @@ class Source(SourceBase):
         """Runs on a worker's thread: a file beside the picture may take a while to come."""
         try:
             fields = self._listed[key] if self._listed is not None else self._fields_beside(key)
-        except _DamagedSidecar as error:
+        except DamagedFields as error:
             return Description(problem=str(error))
+        if fields is None:
+            return Description(problem="listed twice")
         return self.description(fields, {name: texts[key] for name, texts in self._recaptions.items() if key in texts})
 
     def _find(self) -> tuple[list[str], frozenset[str]]:
@@ -87,25 +104,12 @@ class Source(SourceBase):
             name = str(PurePosixPath(key).with_suffix(suffix))
             if name not in self._sidecars:
                 continue
-            try:
-                text = self.store.read(name).decode("utf-8")
-            except UnicodeDecodeError:
-                raise _DamagedSidecar(f"{suffix} is not UTF-8") from None
+            data = self.store.read(name)
             if suffix == ".txt":
-                fields[next(iter(self.options.captions.values()))] = text
-                continue
-            try:
-                values = json.loads(text)
-            except json.JSONDecodeError:
-                values = None
-            if not isinstance(values, dict):
-                raise _DamagedSidecar(f"{suffix} is no JSON object")
-            fields |= values
+                fields[next(iter(self.options.captions.values()))] = parse_text(data)
+            else:
+                fields |= parse_fields(data)
         return fields
-
-
-class _DamagedSidecar(ValueError):
-    """A picture's own caption file that cannot be read: that picture's fault, not the job's."""
 
 
 def _decoded(data: bytes, place: str) -> tuple[str, str]:
@@ -115,48 +119,41 @@ def _decoded(data: bytes, place: str) -> tuple[str, str]:
         raise UserError(f"{place} is not UTF-8: {error}") from None
 
 
-def _read_jsonl(listing: tuple[str, str], options: SourceOptions) -> dict[str, dict[str, Any]]:
+def _read_jsonl(listing: tuple[str, str]) -> Rows:
     text, place = listing
-    rows: dict[str, dict[str, Any]] = {}
+    rows: Rows = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{place}, line {number}"
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-        _add(rows, values, where, line, options)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is not JSON: {error}") from None
+        _add(rows, values, where, line)
     return rows
 
 
-def _read_csv(listing: tuple[str, str], options: SourceOptions) -> dict[str, dict[str, Any]]:
+def _read_csv(listing: tuple[str, str]) -> Rows:
     text, place = listing
     reader = csv.DictReader(io.StringIO(text), strict=True)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: Rows = {}
     try:
         for values in reader:
             where = f"{place}, line {reader.line_num}"
             if None in values or None in values.values():
                 raise UserError(f"{where} has another number of fields than the header ({len(reader.fieldnames)})")
-            _add(rows, values, where, str(values), options)
+            _add(rows, values, where, str(values))
     except csv.Error as error:
         raise UserError(f"{place}, line {reader.line_num} is not CSV: {error}") from None
     return rows
 
 
-def _add(rows: dict[str, dict[str, Any]], values: Any, where: str, line: str, options: SourceOptions) -> None:
-    """Adds one line of a listing after checking what the job cannot do without: the file and the first caption."""
-    caption_field = next(iter(options.captions.values()))
+def _add(rows: Rows, values: Any, where: str, line: str) -> None:
+    """Adds one line of a listing, which must name a file. What else is wrong with it is that picture's fault alone."""
     file = values.get("file") if isinstance(values, dict) else None
-    caption = values.get(caption_field) if isinstance(values, dict) else None
-    if not isinstance(file, str) or not isinstance(caption, str):
-        raise UserError(
-            f'{where} must have "file" and "{caption_field}" with two strings, got {line.strip()[:80]} '
-            f"(source.captions names the fields of captions)"
-        )
+    if not isinstance(file, str):
+        raise UserError(f'{where} must have "file" with a string, got {line.strip()[:80]}')
     if not file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
         raise UserError(f"{where}: file {file!r} must be a path inside the folder")
-    if file in rows:
-        raise UserError(f"{where}: file {file!r} is listed twice")
-    rows[file] = {name: value for name, value in values.items() if name != "file"}
+    rows[file] = None if file in rows else {name: value for name, value in values.items() if name != "file"}

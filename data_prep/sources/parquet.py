@@ -103,10 +103,30 @@ class _ParquetFile:
 
         try:
             for batch in self.file.iter_batches(batch_size=ROWS_AT_ONCE, columns=self.columns):
-                yield from batch.to_pylist()
+                try:
+                    yield from batch.to_pylist()
+                except UnicodeDecodeError:  # pyarrow does not check text when it reads
+                    yield from (self._row(batch, i) for i in range(batch.num_rows))
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{self.place} is damaged ({reason}); fetch it again, or remove it") from None
+
+    @staticmethod
+    def _row(batch: Any, row: int) -> dict[str, Any]:
+        """One row of a batch in which some text is not UTF-8; that text is read with surrogates in its place."""
+        import pyarrow
+
+        fields = {}
+        for name in batch.schema.names:
+            value = batch.column(name)[row]
+            try:
+                fields[name] = value.as_py()
+            except UnicodeDecodeError:
+                if pyarrow.types.is_string(value.type) or pyarrow.types.is_large_string(value.type):
+                    fields[name] = value.cast(pyarrow.large_binary()).as_py().decode("utf-8", "surrogateescape")
+                else:  # the path in a picture's struct
+                    fields[name] = None
+        return fields
 
     def _describe(self, key: str, picture: Any, fields: dict[str, Any]) -> Description:
         if picture is None or (isinstance(picture, dict) and not (picture.get("bytes") or picture.get("path"))):
@@ -120,6 +140,6 @@ class _ParquetFile:
         if picture.get("bytes"):
             return picture["bytes"]
         path = PurePosixPath(picture["path"])
-        if path.is_absolute() or ".." in path.parts:
+        if path.is_absolute() or ".." in path.parts or "\0" in str(path):
             raise FileNotFoundError(2, "path outside of the source", str(path))
         return self.source.store.read(str(PurePosixPath(self.unit).parent / path))

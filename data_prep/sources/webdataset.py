@@ -6,7 +6,6 @@ to a temporary file first. A picture's key is the tar's path and the sample's ke
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 import tempfile
@@ -16,7 +15,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.recaptions import read_unit_captions
-from data_prep.sources import Description, SourceBase, SourceItem, SourceOptions
+from data_prep.sources import (
+    DamagedFields,
+    Description,
+    SourceBase,
+    SourceItem,
+    SourceOptions,
+    parse_fields,
+    parse_text,
+)
 from star_dist.config import StorageSection
 from star_dist.data.pictures import PICTURE_SUFFIXES
 from star_dist.errors import UserError
@@ -103,15 +110,11 @@ class _Tar:
         fields = {}
         try:
             if ".json" in sample:
-                fields = json.loads(self._read(sample[".json"]))
-            if not isinstance(fields, dict):
-                return Description(problem=".json is no JSON object")
+                fields = parse_fields(self._read(sample[".json"]))
             if ".txt" in sample:
-                fields[next(iter(self.source.options.captions.values()))] = self._read(sample[".txt"]).decode("utf-8")
-        except UnicodeDecodeError:
-            return Description(problem=".txt or .json is not UTF-8")
-        except json.JSONDecodeError:
-            return Description(problem=".json is no JSON object")
+                fields[next(iter(self.source.options.captions.values()))] = parse_text(self._read(sample[".txt"]))
+        except DamagedFields as error:
+            return Description(problem=str(error))
         name = f"{self.unit}/{key}"
         recaptions = {caption: texts[name] for caption, texts in self.recaptions.items() if name in texts}
         return self.source.description(fields, recaptions)

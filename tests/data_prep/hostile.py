@@ -148,6 +148,9 @@ KINDS: dict[str, tuple[Make, int, set[str | None]]] = {
 }
 MISSING = {"unreadable file: No such file or directory"}
 FOLDER = {"unreadable file: Is a directory"}
+NO_TEXT = {"caption is not Unicode text"}
+NO_NAME = {"name is not Unicode text"}
+NO_SCORE = {"no score score"}
 LOOP = {"unreadable file: Too many levels of symbolic links"}
 
 
@@ -161,7 +164,18 @@ def make_hostile_folder(folder: Path, count: int) -> dict[str, set[str | None]]:
         kind = names[i % len(names)]
         suffix = draw.choice(list(FORMATS.values()))  # that of another format as often as not
         key = f"{i:05}-{kind}{suffix}"
-        if i % 100 == 99:
+        line: dict[str, object] = {"file": key, "caption": f"{kind} {i}", "score": 1}
+        if i % 100 in (9, 19, 29):  # whatever the picture, its line cannot be used
+            (folder / key).write_bytes(KINDS[kind][0](draw))
+            if i % 100 == 9:
+                line["caption"], expected[key] = "a cat \ud83d", NO_TEXT
+            elif i % 100 == 19:
+                line["score"], expected[key] = 10**400, NO_SCORE
+            else:
+                os.rename(folder / key, folder / f"caf\udce9-{key}")
+                key = line["file"] = f"caf\udce9-{key}"
+                expected[key] = NO_NAME
+        elif i % 100 == 99:
             expected[key] = draw.choice([MISSING, FOLDER, LOOP])
             if expected[key] is FOLDER:
                 (folder / key).mkdir()
@@ -170,7 +184,7 @@ def make_hostile_folder(folder: Path, count: int) -> dict[str, set[str | None]]:
         else:
             make, _, expected[key] = KINDS[kind]
             (folder / key).write_bytes(make(draw))
-        lines.append(json.dumps({"file": key, "caption": f"{kind} {i}"}))
+        lines.append(json.dumps(line))
     draw.shuffle(lines)
     (folder / "captions.jsonl").write_text("\n".join(lines))
     return expected

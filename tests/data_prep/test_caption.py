@@ -124,7 +124,7 @@ def test_tars_on_s3_and_pictures_that_cannot_be_read(
 ) -> None:
     (tmp_path / "tars").mkdir()
     good = (pictures_folder / "000.png").read_bytes()
-    write_tar(tmp_path / "tars" / "0.tar", {"a.png": good, "b.png": good[:50], "c.png": good})
+    write_tar(tmp_path / "tars" / "0.tar", {"a.png": good, "b.png": good[:50], "c.png": good, "d.txt": b"no picture"})
     write_tar(tmp_path / "tars" / "1.tar", {"a.png": good})
     s3.upload(tmp_path / "tars", "tars/")
     changes = {
@@ -132,8 +132,21 @@ def test_tars_on_s3_and_pictures_that_cannot_be_read(
         "output": f"{s3.url}/new",
         "work": str(tmp_path / "work"),
     }
-    assert caption(make_config(values, **changes), Partition()) == {"captioned": 3, "rejected": 1}
+    assert caption(make_config(values, **changes), Partition()) == {"captioned": 3, "rejected": 2}
     assert s3.keys("new/") == ["new/0.tar.jsonl", "new/0.tar.rejects", "new/1.tar.jsonl", "new/job.json"]
     keys = [json.loads(line)["key"] for line in s3.read("new/0.tar.jsonl").decode().splitlines()]
     assert keys == ["0.tar/a", "0.tar/c"]
-    assert json.loads(s3.read("new/0.tar.rejects")) == {"key": "0.tar/b", "reason": "truncated picture"}
+    assert [json.loads(line) for line in s3.read("new/0.tar.rejects").decode().splitlines()] == [
+        {"key": "0.tar/b", "reason": "truncated picture"},
+        {"key": "0.tar/d", "reason": "no picture in the sample"},
+    ]
+
+
+def test_captions_may_hold_any_character(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "a\u2028b\x85c\rd"
+    monkeypatch.setattr(Captioner, "__call__", lambda self, pictures: [text] * len(pictures))
+    assert caption(make_config(values), Partition()) == {"captioned": 60, "rejected": 0}
+    lines = (tmp_path / "new" / "00000-of-00001.jsonl").read_bytes().split(b"\n")[:-1]
+    assert [json.loads(line)["caption"] for line in lines] == [text] * 60

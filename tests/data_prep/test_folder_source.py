@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from data_prep.preparation import prepare
 from data_prep.recaptions import caption_line
 from data_prep.sources import SourceBase, SourceItem, open_source
+from star_dist.config import PrepConfig, parse_config
 from star_dist.errors import UserError
 from tests.s3 import S3Bucket
 
@@ -69,6 +71,10 @@ def test_files_beside_the_pictures(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "d.json").write_text('{"caption": "from json", "aesthetic": 7, "other": null}')
     (tmp_path / "e.json").write_text("[1, 2]")
+    hostile = {"f": "[" * 100_000, "g": '{"n": ' + "9" * 5000 + "}"}
+    for name, text in hostile.items():
+        (tmp_path / f"{name}.png").touch()
+        (tmp_path / f"{name}.json").write_text(text)
     source = folder_source(tmp_path, ["aesthetic"])
     assert captions_of(source) == {
         "a.png": "a heart",
@@ -76,9 +82,12 @@ def test_files_beside_the_pictures(tmp_path: Path) -> None:
         "c.webp": None,
         "d.png": "from json",
         "e.png": None,
+        "f.png": None,
+        "g.png": None,
     }
     described = {item.key: item.describe() for item in all_items(source)}
-    assert described["b.JPG"].problem == ".txt is not UTF-8" and described["e.png"].problem == ".json is no JSON object"
+    assert described["b.JPG"].problem == ".txt is not UTF-8"
+    assert {described[f"{name}.png"].problem for name in "efg"} == {".json is no JSON object"}
     assert described["d.png"].scores == {"aesthetic": 7.0}
 
 
@@ -94,6 +103,34 @@ def test_a_prefix_on_s3_is_as_good_as_a_folder(tmp_path: Path, s3: S3Bucket) -> 
     write_listing(tmp_path, {"file": "sub/b.png", "caption": "listed"})
     s3.upload(tmp_path, "some/pictures/")
     assert captions_of(folder_source(f"{s3.url}/some/pictures")) == {"sub/b.png": "listed"}
+
+
+def test_a_line_without_a_caption_is_its_pictures_fault_alone(tmp_path: Path) -> None:
+    lines = [{"file": name, "caption": caption} for name, caption in {"a": None, "b": 3, "c": "c", "d": "d"}.items()]
+    write_listing(tmp_path, *lines, {"file": "e"}, {"file": "d", "caption": "again"})
+    described = {item.key: item.describe() for item in all_items(folder_source(tmp_path))}
+    assert {key: dict(what.captions) for key, what in described.items() if what.captions} == {"c": {"original": "c"}}
+    assert {key: what.problem for key, what in described.items() if what.problem} == {"d": "listed twice"}
+    write_listing(tmp_path, {"file": "a", "title": "a"}, {"file": "b", "title": "b"})
+    with pytest.raises(UserError, match=r'no line of .*captions\.jsonl has "caption" with a string'):
+        folder_source(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json"])
+def test_caption_files_that_go_or_hide_after_they_were_found(tmp_path: Path, prep_values: dict, suffix: str) -> None:
+    for name in ("gone", "folder", "good"):
+        (tmp_path / name).with_suffix(".png").write_bytes(b"no picture")
+        (tmp_path / name).with_suffix(suffix).write_text('{"caption": "x"}')
+    source = folder_source(tmp_path)
+    for name in ("gone", "folder"):
+        (tmp_path / name).with_suffix(suffix).unlink()
+    (tmp_path / "folder").with_suffix(suffix).mkdir()
+    config = parse_config(PrepConfig, prep_values | {"output": "unused"})
+    assert {item.key: prepare(item, config, ("original",)).reason for item in all_items(source)} == {
+        "folder.png": "unreadable caption file: Is a directory",
+        "gone.png": "unreadable caption file: No such file or directory",
+        "good.png": "not a picture",
+    }
 
 
 def test_a_missing_file_shows_when_it_is_read(tmp_path: Path) -> None:
@@ -141,12 +178,13 @@ def test_folders_without_captions_are_refused(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"file": "a.png", ', "line 2 is not JSON"),
-        ('{"file": "a.png"}', "line 2 must have"),
-        ('{"file": "a.png", "caption": 3}', "line 2 must have"),
+        ("[" * 100_000, "line 2 is not JSON: maximum recursion depth"),
+        ('{"n": ' + "9" * 5000 + "}", "line 2 is not JSON: Exceeds the limit"),
+        ('{"caption": "a"}', "line 2 must have"),
+        ('{"file": 3, "caption": "a"}', "line 2 must have"),
         ('["a.png", "a"]', "line 2 must have"),
         ('{"file": "../a.png", "caption": "a"}', "line 2: file '../a.png' must be a path inside the folder"),
         ('{"file": "/a.png", "caption": "a"}', "inside the folder"),
-        ('{"file": "x.png", "caption": "a"}', "line 2: file 'x.png' is listed twice"),
     ],
 )
 def test_lines_that_cannot_be_used_are_named(tmp_path: Path, line: str, message: str) -> None:
@@ -160,7 +198,8 @@ def test_lines_that_cannot_be_used_are_named(tmp_path: Path, line: str, message:
     [
         ("file,caption\na.png,a,b\n", r"line 2 has another number of fields than the header \(2\)"),
         ("file,caption\na.png\n", "line 2 has another number of fields"),
-        ("picture,caption\na.png,a\n", 'line 2 must have "file" and "caption"'),
+        ("picture,caption\na.png,a\n", 'line 2 must have "file"'),
+        ("file,title\na.png,a\n", r'no line of .*captions\.csv has "caption" with a string; source\.captions'),
         ('file,caption\na.png,"a\n', "is not CSV"),
     ],
 )

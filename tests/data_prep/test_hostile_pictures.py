@@ -27,6 +27,7 @@ def test_all_of_them_are_accounted_for(
     expected = make_hostile_folder(tmp_path / "pictures", COUNT)
     source = {"kind": "folder", "path": str(tmp_path / "pictures")}
     values = prep_values | {"source": source, "output": str(tmp_path / "set"), "min_side": 10, "max_aspect": 10.0}
+    values["min_scores"] = {"score": 0.0}
     config = parse_config(PrepConfig, values)
     summary = tokenize_partition(config, Partition(), workers=4)
     tokenize(config)

@@ -9,7 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_prep.preparation import prepare
 from data_prep.sources import open_source
+from star_dist.config import PrepConfig, parse_config
 from star_dist.errors import UserError
 
 PICTURES = [
@@ -61,6 +63,28 @@ def test_plain_bytes_and_a_column_of_keys(tmp_path: Path) -> None:
     source = open_source({"kind": "parquet", "path": str(tmp_path)} | options)
     items = list(source.open("a.parquet"))
     assert [(item.key, item.read()) for item in items] == [("17", b"1"), ("18", b"2")]
+
+
+def test_text_that_is_no_text_is_its_rows_fault_alone(tmp_path: Path, prep_values: dict) -> None:
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.binary()})
+    pictures = pyarrow.array([{"bytes": b"x", "path": path} for path in (b"a", b"b", b"\xff")], kind)
+    texts = pyarrow.array([b"good", b"caf\xe9", b"good"])
+    broken = pyarrow.table(
+        {
+            "image": pyarrow.StructArray.from_arrays(
+                [pictures.field("bytes"), pictures.field("path").view(pyarrow.string())], ["bytes", "path"]
+            ),
+            "caption": texts.view(pyarrow.string()),
+        }
+    )
+    pyarrow.parquet.write_table(broken, tmp_path / "a.parquet")
+    items = list(open_source({"kind": "parquet", "path": str(tmp_path)}).open("a.parquet"))
+    config = parse_config(PrepConfig, prep_values | {"output": "unused"})
+    assert [prepare(item, config, ("original",)).reason for item in items] == [
+        "not a picture",
+        "caption is not Unicode text",
+        "no picture in the row",
+    ]
 
 
 def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def tars(tmp_path: Path) -> Path:
         sample("000000000", "text wins", aesthetic=5.5)
         | sample("000000001", long="a long caption")
         | {"000000002.txt": b"no picture", "000000003.png": b"x", "000000003.txt": b"\xff\xff"}
-        | {"000000004.jpg": b"x", "000000004.json": b"{"},
+        | {"000000004.jpg": b"x", "000000004.json": b"{"}
+        | {"000000005.jpg": b"x", "000000005.json": b"[" * 100_000},
     )
     (folder / "00000_stats.json").write_text("{}")
     return folder
@@ -61,12 +62,13 @@ def test_samples_of_tars(tars: Path, stored: Callable[[Path], str]) -> None:
         "00000.tar/000000000": ({"original": "text wins"}, {"aesthetic": 5.5}, None),
         "00000.tar/000000001": ({"original": "json", "detailed": "a long caption"}, {}, None),
         "00000.tar/000000002": ({}, {}, "no picture in the sample"),
-        "00000.tar/000000003": ({}, {}, ".txt or .json is not UTF-8"),
+        "00000.tar/000000003": ({}, {}, ".txt is not UTF-8"),
         "00000.tar/000000004": ({}, {}, ".json is no JSON object"),
+        "00000.tar/000000005": ({}, {}, ".json is no JSON object"),
         "00001.tar/000010000": ({"original": "second tar"}, {}, None),
     }
     first = source.open("00000.tar")
-    assert len(first) == 5
+    assert len(first) == 6
     items = list(first)
     del first  # what the items read from stays open with them
     assert [item.read() for item in items[1::-1]] == [b"picture 000000001", b"picture 000000000"]
