@@ -5,8 +5,9 @@
 A step is forward, backward, clipping and fused AdamW on one device, on random tokens and 77-token captions; the
 trainer reports the same numbers of a whole DeepSpeed run as throughput/ in metrics.jsonl. On a GPU: d16 and d30 in bf16
 with fp32 optimizer states at the three resolutions; on a CPU: d8 in float32 at 256 and 512. --against dense also runs
-the step that a dense additive mask through SDPA and logits of the whole batch make of the same model. --profile writes
-a Chrome trace (chrome://tracing, Perfetto) and the table of the largest kernels.
+the step that a dense additive mask through SDPA and logits of the whole batch make of the same model; --compile our
+step with train.compile, too. Peak memory is what a step holds beyond weights and optimizer states. --profile writes a
+Chrome trace (chrome://tracing, Perfetto) and the table of the largest kernels.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from star_dist.model.recompute import Recompute
 from star_dist.model.rope import Rotary, rotate
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
-from star_dist.train.metrics import GPU_PEAK_TFLOPS, measured_matmul_flops
+from star_dist.train.metrics import device_peak_flops
 
 TEXT_TOKENS = 77
 # Which part of the step an operator or kernel belongs to, by a piece of its name; the first that fits.
 PARTS = {
     "attention": ("attention", "flash", "fmha", "attn"),
-    "matrix products": ("mm", "gemm", "cutlass", "linear"),
+    "matrix products": ("mm", "gemm", "cutlass", "nvjet", "linear"),  # nvjet: cuBLAS on Hopper
     "optimizer": ("adam", "foreach"),
     "norms": ("layer_norm", "vector_norm", "linalg"),
     "loss": ("softmax", "nll_loss", "cross_entropy", "argmax"),
@@ -84,7 +85,15 @@ def eager_rotate_and_normalize(x_THd: Tensor, rotary: Rotary | None, factor_H1: 
     return (unit_THd if factor_H1 is None else unit_THd * factor_H1).to(x_THd.dtype)
 
 
-def build_step(kind: type[STAR], case: Case, device: torch.device) -> Callable[[], None]:
+def compiled_star(*arguments: Any, **options: Any) -> STAR:
+    """A STAR as `train.compile` runs it."""
+    model = STAR(*arguments, **options)
+    for block in model.blocks:
+        block.compile()
+    return model
+
+
+def build_step(kind: Callable[..., STAR], case: Case, device: torch.device) -> Callable[[], None]:
     """A closure that runs one step."""
     torch.manual_seed(0)
     config = StarConfig(depth=case.depth, scales=case.schedule.sides)
@@ -115,7 +124,9 @@ def build_step(kind: type[STAR], case: Case, device: torch.device) -> Callable[[
     return step
 
 
-def measure(kind: type[STAR], case: Case, device: torch.device, peak_flops: float, repeats: int) -> dict[str, Any]:
+def measure(
+    kind: Callable[..., STAR], case: Case, device: torch.device, peak_flops: float, repeats: int
+) -> dict[str, Any]:
     step = build_step(kind, case, device)
     seconds = median_seconds(step, device, repeats, warmup=1)
     config = StarConfig(depth=case.depth, scales=case.schedule.sides)
@@ -166,36 +177,32 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return found[:1] if quick and not on_gpu else found
 
 
-def peak_flops(device: torch.device) -> float:
-    """The data sheet's dense bf16 peak of a GPU; on a CPU the measured float32 rate of its threads."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next(tflops * 1e12 for gpu, tflops in GPU_PEAK_TFLOPS.items() if gpu in name)
-    return measured_matmul_flops(device, repeats=20)
-
-
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, fewer repeats")
     parser.add_argument("--against", choices=["dense"], help="also measure the step with a dense mask")
+    parser.add_argument("--compile", action="store_true", help="also measure the step with compiled blocks")
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="write a Chrome trace of the last case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     arguments = parser.parse_args()
     device = chosen_device()
-    peak = peak_flops(device)
+    peak, peak_source = device_peak_flops(device)
     repeats = 2 if arguments.quick else 5
-    kinds = {"star-dist": STAR} | ({"dense mask": DenseStar} if arguments.against else {})
+    kinds: dict[str, Callable[..., STAR]] = {"star-dist": STAR}
+    kinds |= {"star-dist, compiled": compiled_star} if arguments.compile else {}
+    kinds |= {"dense mask": DenseStar} if arguments.against else {}
     todo = [(case, name) for case in cases(device, arguments.quick) for name in kinds]
     rows = []
     for case, name in tqdm(todo, desc="train step", unit="case"):
         facts = {"model": f"d{case.depth}", "resolution": case.resolution, "batch": case.batch, "step": name}
         rows.append(facts | measure(kinds[name], case, device, peak, repeats))
     if arguments.against:
-        for ours, dense in zip(rows[::2], rows[1::2]):
-            ours["speedup"] = dense["step_s"] / ours["step_s"]
-            ours["memory_ratio"] = ours["peak_gib"] / dense["peak_gib"]
-            dense["speedup"] = dense["memory_ratio"] = 1.0
-    print_table(f"Training step on {device_name(device)}; MFU of {peak / 1e12:.4g} TFLOP/s", rows)
+        for first in range(0, len(rows), len(kinds)):
+            of_case = rows[first : first + len(kinds)]
+            for row in of_case:
+                row["speedup"] = of_case[-1]["step_s"] / row["step_s"]
+                row["memory_ratio"] = row["peak_gib"] / of_case[-1]["peak_gib"]
+    print_table(f"Training step on {device_name(device)}; MFU of {peak / 1e12:.4g} TFLOP/s ({peak_source})", rows)
     if arguments.profile is not None:
         record = run_profile(build_step(STAR, todo[-1][0], device), device)
         record.export_chrome_trace(str(arguments.profile))

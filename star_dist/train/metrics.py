@@ -104,6 +104,11 @@ def peak_flops(config: RunConfig, device: torch.device) -> tuple[float, str]:
     """FLOP/s that MFU is measured against, and where the number comes from."""
     if config.logging.peak_tflops is not None:
         return config.logging.peak_tflops * 1e12, "logging.peak_tflops"
+    return device_peak_flops(device)
+
+
+def device_peak_flops(device: torch.device) -> tuple[float, str]:
+    """Dense bf16 peak of a GPU by its data sheet, where there is one in the table, else what a product reaches here."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for gpu, tflops in GPU_PEAK_TFLOPS.items():
