@@ -78,12 +78,10 @@ def read_remote_metadata(store: ObjectStore, folder: str = "") -> DatasetMetadat
     """
     place = f"{store.url}/{folder}{METADATA_FILE}"
     try:
-        values = json.loads(store.read(f"{folder}{METADATA_FILE}"))
+        text = store.read(f"{folder}{METADATA_FILE}")
     except FileNotFoundError:
         raise UserError(f"no data set at {place}; merge its partitions first (python -m data_prep.merge)") from None
-    except ValueError as error:
-        raise UserError(f"{place} is damaged: {error}") from None
-    return parse_metadata(values, place)
+    return parse_metadata(text, place)
 
 
 def _complete_partitions(store: ObjectStore, job: JobDescription) -> list[Manifest]:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -22,13 +23,25 @@ def read_json_object(path: Path, absent: str) -> dict[str, Any]:
         UserError: `absent` where there is no such file; that it is damaged where it holds anything else.
     """
     try:
-        values = json.loads(path.read_text())
+        return parse_json_object(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise UserError(absent) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def parse_json_object(text: bytes, place: str) -> dict[str, Any]:
+    """The JSON object in what was read from a place, which names it in errors.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        values = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{place} is damaged: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
+        raise UserError(f"{place} is damaged: it holds no JSON object")
     return values
 
 
@@ -51,6 +64,21 @@ def write_text_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which then takes its place; gone when writing fails.
+
+    For a path that several processes may write at once: each has a file of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 _reported: set[str] = set()  # what this process has warned of

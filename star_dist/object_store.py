@@ -10,23 +10,28 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
+from urllib.parse import urlsplit
 
 from star_dist.errors import Unreachable, UserError
+from star_dist.files import replaced
 
 S3_SCHEME = "s3://"
 ENDPOINT_VARIABLE = "S3_ENDPOINT_URL"
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 ATTEMPTS = 8  # with growing pauses, about a minute of a store that answers 503
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 20.0  # between attempts at a body; the longest is the client's own
 CONNECTIONS = 64
 DELETED_AT_ONCE = 1000  # the most that S3 takes in one request
 UNFINISHED_FOLDER = ".unfinished"  # inside a local store, so that whatever a kill leaves is in one place
 
+KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 REFUSALS = {
     "InvalidAccessKeyId": "the store does not know the access key; check AWS_ACCESS_KEY_ID or the profile",
     "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or the profile",
@@ -84,6 +89,20 @@ def is_s3(url: str) -> bool:
     return url.startswith(S3_SCHEME)
 
 
+def check_endpoint(endpoint: str) -> str:
+    """An endpoint as it was given; it is shown in messages and kept in configs, so that it may hold no key.
+
+    Raises:
+        UserError: it holds a user name or password.
+    """
+    if "@" in urlsplit(endpoint).netloc:
+        host = urlsplit(endpoint).netloc.rpartition("@")[2]
+        raise UserError(
+            f"the endpoint of {host} holds a user name or password; give http(s)://host:port, and keys as {KEYS}"
+        )
+    return endpoint
+
+
 def open_store(url: str | os.PathLike[str], *, endpoint: str | None = None, region: str | None = None) -> ObjectStore:
     """The store at a local folder or `s3://bucket/prefix`; contacts nothing yet.
 
@@ -117,8 +136,11 @@ class FolderStore:
         self.path = Path(path)
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
-        """The folder need not exist."""
-        for folder, subfolders, files in os.walk(self.path / prefix.rpartition("/")[0]):
+        """The folder need not exist. Links to folders are followed; one to a folder above itself is a UserError."""
+        for folder, subfolders, files in os.walk(self.path / prefix.rpartition("/")[0], followlinks=True):
+            above = Path(folder).parent.resolve()
+            if os.path.islink(folder) and Path(folder).resolve() in (above, *above.parents):
+                raise UserError(f"{folder} is a link to {Path(folder).resolve()}, which contains it; remove the link")
             if UNFINISHED_FOLDER in subfolders:
                 subfolders.remove(UNFINISHED_FOLDER)
             for file in files:
@@ -131,7 +153,7 @@ class FolderStore:
         return (self.path / name).read_bytes()
 
     def download(self, name: str, path: Path) -> None:
-        with _replaced(path) as partial:
+        with replaced(path) as partial:
             shutil.copyfile(self.path / name, partial)
 
     def write(self, name: str, data: bytes) -> None:
@@ -168,6 +190,8 @@ class S3Store:
             raise UserError(f"{url!r} names no bucket; give s3://bucket/prefix")
         self.prefix = f"{prefix}/" if prefix else ""
         self.endpoint = endpoint or os.environ.get(ENDPOINT_VARIABLE)
+        if self.endpoint is not None:
+            check_endpoint(self.endpoint)
         self.region = region
         self._client: tuple[int, Any] | None = None
 
@@ -202,7 +226,7 @@ class S3Store:
             return answer["Body"].read()
 
     def download(self, name: str, path: Path) -> None:
-        with self._explained("read", name), _replaced(path) as partial:
+        with self._explained("read", name), replaced(path) as partial:
             self.client.download_file(self.bucket, self.prefix + name, str(partial))
 
     def write(self, name: str, data: bytes) -> None:
@@ -283,6 +307,7 @@ class S3Store:
             ):
                 if attempt == ATTEMPTS:
                     raise
+                time.sleep(min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S))
         raise AssertionError("unreachable")
 
     @contextlib.contextmanager
@@ -305,7 +330,7 @@ class S3Store:
         at = f" (endpoint {self.endpoint})" if self.endpoint else ""
         kind = UserError
         if isinstance(error, broken.NoCredentialsError | broken.PartialCredentialsError):
-            reason = "there are no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            reason = f"there are no AWS credentials; set {KEYS}"
         elif isinstance(error, broken.EndpointConnectionError | broken.ConnectTimeoutError):
             kind = Unreachable
             reason = f"the store cannot be reached; check the endpoint ({ENDPOINT_VARIABLE}) and the network"
@@ -320,15 +345,3 @@ class S3Store:
             kind = Unreachable
             reason = f"{type(error).__name__} after {ATTEMPTS} attempts; try again when the store answers"
         raise kind(f"cannot {action} {where}{at}: {reason}") from None
-
-
-@contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which then takes its place; gone when writing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

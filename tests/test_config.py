@@ -85,6 +85,10 @@ def test_overrides_are_json_or_text() -> None:
         ('deepspeed={"data_types":{"grad_accum_dtype":"bf16"}}', r"grad_accum_dtype is 'bf16' .*it can be fp32"),
         ("train.steps.more=1", r"train\.steps is a value, not a section"),
         ("nonsense", r"not of the form section\.key=value"),
+        (
+            "data.s3_endpoint_url=http://me:secret@store:9000",
+            r"data\.s3_endpoint_url: the endpoint of store:9000 holds a user name or password; give [^@]*$",
+        ),
     ],
 )
 def test_mistakes_are_named_with_their_values(override: str, said: str) -> None:

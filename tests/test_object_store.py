@@ -56,6 +56,7 @@ def test_names_under_a_prefix_are_that_prefix_s_alone(s3: S3Bucket) -> None:
         ({"AWS_ACCESS_KEY_ID": "stranger"}, "the store does not know the access key"),
         ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "the secret key is wrong; check AWS_SECRET_ACCESS_KEY"),
         ({"S3_ENDPOINT_URL": "http://127.0.0.1:9"}, "the store cannot be reached; check the endpoint"),
+        ({"S3_ENDPOINT_URL": "http://stranger:wrong-secret@h:9"}, "the endpoint of h:9 holds a user name or password"),
         ({"AWS_PROFILE": "absent"}, r"The config profile \(absent\) could not be found"),
         (
             {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, "AWS_SHARED_CREDENTIALS_FILE": "/absent"},
@@ -105,6 +106,18 @@ def test_passing_faults_are_survived(s3: S3Bucket, s3_faults: FaultProxy, fault:
     store.download("x", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == b"x" * 100_000
     assert s3_faults.hits == {fault: 4}
+
+
+def test_linked_folders_are_listed_and_circles_named(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").write_bytes(b"a")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "link").symlink_to(tmp_path / "elsewhere")
+    store = open_store(tmp_path / "store")
+    assert names(store) == ["link/a"]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"link/back is a link to .*/elsewhere, which contains it; remove the link"):
+        names(store)
 
 
 def test_what_a_killed_writer_leaves_is_not_listed_and_can_be_discarded(tmp_path: Path) -> None:

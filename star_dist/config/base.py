@@ -9,14 +9,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from star_dist.errors import UserError
+from star_dist.object_store import check_endpoint
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+
+HOLDS_A_KEY = "holds_a_key"  # the kind of a problem whose value must not be shown
+
+
+def _without_keys(endpoint: str) -> str:
+    try:
+        return check_endpoint(endpoint)
+    except UserError as error:
+        raise PydanticCustomError(HOLDS_A_KEY, "{reason}", {"reason": str(error)}) from None
+
+
+Endpoint = Annotated[str, AfterValidator(_without_keys)]
 
 
 class Section(BaseModel):
@@ -93,6 +107,8 @@ def _describe(kind: type[Section], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not location:
         return message
+    if problem["type"] == HOLDS_A_KEY:
+        return f"{location}: {message}"
     value = json.dumps(problem["input"], default=str)
     return f"{location}: {message[0].lower()}{message[1:]}, got {value if len(value) < 80 else value[:77] + '...'}"
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from star_dist.config.base import Count, Fraction, Positive, Section
+from star_dist.config.base import Count, Endpoint, Fraction, Positive, Section
 from star_dist.config.run import TextSection
 from star_dist.scales import ScaleSchedule
 
@@ -14,7 +14,7 @@ from star_dist.scales import ScaleSchedule
 class StorageSection(Section):
     """An S3 store other than Amazon's. null: the environment's (S3_ENDPOINT_URL, AWS_DEFAULT_REGION)."""
 
-    endpoint: str | None = None
+    endpoint: Endpoint | None = None
     region: str | None = None
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from star_dist.config.base import ConfigError, Count, Fraction, Momentum, Positive, Section
+from star_dist.config.base import ConfigError, Count, Endpoint, Fraction, Momentum, Positive, Section
 from star_dist.config.deepspeed import check_deepspeed_section, look_up
 from star_dist.inference.options import SamplingOptions
 from star_dist.learning_rate import RateSchedule
@@ -102,7 +102,7 @@ class DataSection(Section):
     download_attempts: Positive = 3
     batch_timeout_s: Positive = 600
     corrupt_shards: Literal["stop", "skip"] = "stop"
-    s3_endpoint_url: str | None = None
+    s3_endpoint_url: Endpoint | None = None
     s3_region: str | None = None
 
     @model_validator(mode="after")
@@ -181,7 +181,7 @@ class CheckpointSection(Section):
     keep_last: Positive = 3
     keep_every: Count = 0
     remote: Annotated[str, Field(pattern=r"^s3://[^/]+")] | None = None
-    s3_endpoint_url: str | None = None
+    s3_endpoint_url: Endpoint | None = None
     s3_region: str | None = None
     background: bool = True
     on_damaged: Literal["refuse", "previous"] = "refuse"

@@ -5,6 +5,7 @@ B samples of a micro-batch, L tokens of a sample.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +25,10 @@ from star_dist.data.captions import choose_caption
 from star_dist.data.fetch import check_local_shards
 from star_dist.data.schema import DatasetMetadata, decode_captions, decode_features, decode_tokens
 from star_dist.data.shared_memory import one_number_for_all_ranks, record_segments
-from star_dist.data.streams import CorruptShard, build_streams
+from star_dist.data.streams import CORRUPT_MARK, CorruptShard, build_streams, remove_leftovers
 from star_dist.errors import Unreachable, UserError
 from star_dist.scales import ScaleSchedule
 
-CORRUPT_MARK = ".corrupt"
 BLANK = ""  # the name of the only caption of a sample that is skipped
 SHARD_ADVICE = "check the remote, or remove the cache and start again"
 
@@ -94,9 +94,7 @@ class CaptionedTokens(StreamingDataset):
         check_local_shards(data, split)
         on_first_rank_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
         if on_first_rank_of_host:
-            for source in data.all_sources:
-                for mark in Path(source.local, split).rglob(f"*{CORRUPT_MARK}"):
-                    mark.unlink()  # another start, another try
+            remove_leftovers(data, split)
         try:
             with one_number_for_all_ranks():
                 super().__init__(streams=build_streams(data, split), cache_limit=data.cache_limit, **options)
@@ -108,6 +106,7 @@ class CaptionedTokens(StreamingDataset):
         self.feature_width = text_width if data.text_features else None
         self.skip_corrupt = data.corrupt_shards == "skip"
         self.place = f"{data.place}/{split}"
+        self.cache = ", ".join(source.local for source in data.all_sources)
         self.failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -119,9 +118,7 @@ class CaptionedTokens(StreamingDataset):
         self.failure = None
         yield from super().__iter__()
         if self.failure is not None:
-            reason = str(self.failure).strip().splitlines() or [type(self.failure).__name__]
-            kind = UserError if isinstance(self.failure, CorruptShard) else Unreachable
-            raise kind(f"cannot read the data set at {self.place}: {reason[0]}; {SHARD_ADVICE}")
+            raise self._explained(self.failure)
 
     def on_exception(self, future: Future) -> None:
         """Keeps what a download thread died of: the library would end the epoch early and say nothing."""
@@ -140,12 +137,19 @@ class CaptionedTokens(StreamingDataset):
         if not mark.exists():
             try:
                 return super().prepare_shard(shard_id, blocking)
-            except CorruptShard as error:
-                if not self.skip_corrupt:
-                    raise
-                mark.write_text(str(error))
-                print(f"warning: skipping the samples of corrupt shard {error}", file=sys.stderr, flush=True)
-                self._shard_states[shard_id] = _ShardState.LOCAL  # lets those that wait for it go on to its mark
+            except Exception as error:
+                if self._cache_filelock.is_locked:  # the library keeps it when the cache has no room
+                    self._cache_filelock.release(force=True)
+                try:
+                    if not (self.skip_corrupt and isinstance(error, CorruptShard)):
+                        raise
+                    mark.write_text(str(error))
+                    print(f"warning: skipping the samples of corrupt shard {error}", file=sys.stderr, flush=True)
+                finally:
+                    # The library leaves it as being prepared, and whoever else needs it would wait for ever. So they
+                    # look for the file, and come here for the mark or the error.
+                    self._shard_states[shard_id] = _ShardState.LOCAL
+        self._shard_states[shard_id] = _ShardState.LOCAL  # a cache with a limit evicts skipped shards, too
         if blocking:
             raise SkippedShard
 
@@ -154,12 +158,32 @@ class CaptionedTokens(StreamingDataset):
         stream, (raw_file, _) = self.streams[self.stream_per_shard[shard_id]], self.shards[shard_id].file_pairs[0]
         return Path(stream.local) / stream.split / f"{raw_file.basename}{CORRUPT_MARK}"
 
+    def _explained(self, error: BaseException) -> UserError:
+        """What ends the training when a shard cannot be read."""
+        problem = f"cannot read the data set at {self.place}: "
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return UserError(f"{problem}no room in the cache {self.cache}; set data.cache_limit, or another data.local")
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "cache limit" in reason or "cache_limit" in reason:
+            return UserError(
+                f"{problem}data.cache_limit {self.cache_limit} has no room for the shards in use; raise it"
+            )
+        kind = UserError if isinstance(error, CorruptShard) else Unreachable
+        return kind(f"{problem}{reason}; {SHARD_ADVICE}")
+
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample; a blank one (`present` False) of a corrupt shard that is skipped.
+
+        Raises:
+            UserError: its shard cannot be downloaded, or its bytes are not those that the index promises.
+        """
         metadata = self.metadata[self.stream_per_shard[self.spanner[index][0]]]
         try:
             stored = super().__getitem__(index)
         except SkippedShard:
             return self._blank(index, metadata)
+        except Exception as error:  # of any client of any store
+            raise self._explained(self.failure or error) from None
         sample = {
             "sample_id": int(index),
             "present": True,

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
 from star_dist.config import DataSection, DataSource, RunConfig
-from star_dist.data.schema import EMPTY_CAPTION_FILE, METADATA_FILE, DatasetMetadata, check_matches, read_metadata
+from star_dist.data.schema import (
+    EMPTY_CAPTION_FILE,
+    METADATA_FILE,
+    DatasetMetadata,
+    check_matches,
+    parse_metadata,
+    read_metadata,
+)
 from star_dist.data.streams import apply_s3_settings
 from star_dist.errors import UserError
+from star_dist.files import replaced
 from star_dist.object_store import open_store
 from star_dist.text import TextFeatures
 from star_dist.weights import read_weights
@@ -42,14 +49,17 @@ def _fetch_metadata(data: DataSection, source: DataSource) -> DatasetMetadata:
     local = Path(source.local)
     if source.remote is None:
         return read_metadata(local)
-    local.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=local) as fetched:
-        _download(data, source, METADATA_FILE, Path(fetched))
-        metadata = read_metadata(Path(fetched))
-        # Streaming takes whatever shard it finds in the cache for the remote's.
-        if (local / METADATA_FILE).is_file() and read_metadata(local) != metadata:
-            raise UserError(f"the cache {local} holds another version of {source.remote}; remove the folder")
-        os.replace(Path(fetched) / METADATA_FILE, local / METADATA_FILE)
+    text = _read(data, source, METADATA_FILE)
+    metadata = parse_metadata(text, f"{source.remote}/{METADATA_FILE}")
+    cached = local / METADATA_FILE
+    # Streaming takes whatever shard it finds in the cache for the remote's.
+    if cached.is_file() and read_metadata(local) != metadata:
+        raise UserError(f"the cache {local} holds another version of {source.remote}; remove the folder")
+    try:
+        with replaced(cached) as partial:
+            partial.write_bytes(text)
+    except OSError as error:
+        raise UserError(f"cannot write to the cache {local} of {source.remote}: {error.strerror}") from None
     return metadata
 
 
@@ -63,16 +73,15 @@ def fetch_empty_caption(data: DataSection) -> TextFeatures:
     with tempfile.TemporaryDirectory() as fetched:
         folder = Path(source.local) if source.remote is None else Path(fetched)
         if source.remote is not None:
-            _download(data, source, EMPTY_CAPTION_FILE, folder)
+            (folder / EMPTY_CAPTION_FILE).write_bytes(_read(data, source, EMPTY_CAPTION_FILE))
         tensors = read_weights(folder / EMPTY_CAPTION_FILE)
     return TextFeatures.pack([(tensors["text_hidden"], tensors["text_pooled"])])
 
 
-def _download(data: DataSection, source: DataSource, name: str, folder: Path) -> None:
-    """Copies one small file of a remote data set into a folder."""
+def _read(data: DataSection, source: DataSource, name: str) -> bytes:
+    """One small file of a remote data set."""
     try:
-        store = open_store(source.remote, endpoint=data.s3_endpoint_url, region=data.s3_region)
-        (folder / name).write_bytes(store.read(name))  # read, because answers to the HEAD of a download give no reason
+        return open_store(source.remote, endpoint=data.s3_endpoint_url, region=data.s3_region).read(name)
     except FileNotFoundError:
         raise UserError(f"no data set at {source.remote}: it has no {name} (data_prep.tokenize writes it)") from None
 

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from star_dist.config import RunConfig, Section, TextSection
 from star_dist.errors import UserError
-from star_dist.files import read_json_object
+from star_dist.files import parse_json_object
 
 SCHEMA_VERSION = 2
 METADATA_FILE = "dataset.json"
@@ -131,12 +131,17 @@ def read_metadata(root: Path) -> DatasetMetadata:
         UserError: no data set there, or one of another schema version.
     """
     path = root / METADATA_FILE
-    absent = f"no data set at {root}: {path} does not exist (data_prep.tokenize writes it)"
-    return parse_metadata(read_json_object(path, absent), str(path))
+    try:
+        return parse_metadata(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise UserError(f"no data set at {root}: {path} does not exist (data_prep.tokenize writes it)") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def parse_metadata(values: dict[str, Any], place: str) -> DatasetMetadata:
+def parse_metadata(text: bytes, place: str) -> DatasetMetadata:
     """Validates what a `dataset.json` holds; `place` names it in errors (see `read_metadata`)."""
+    values = parse_json_object(text, place)
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(f"{place} has schema version {version}, this code reads {SCHEMA_VERSION}; tokenize again")

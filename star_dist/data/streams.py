@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,8 @@ from star_dist.object_store import ENDPOINT_VARIABLE
 
 FIRST_PAUSE_S = 0.5  # before a shard with the wrong bytes is fetched again; doubles each time
 CACHE_LOCK_FILE = "star_dist.lock"
+CORRUPT_MARK = ".corrupt"
+PARTIAL_DOWNLOAD = re.compile(r"\.[0-9a-fA-F]{8}$")  # what boto3 adds to a file's name until it is whole
 
 
 class CorruptShard(RuntimeError):
@@ -77,6 +80,15 @@ def build_streams(data: DataSection, split: str) -> list[CheckedStream]:
         )
         for source in data.all_sources
     ]
+
+
+def remove_leftovers(data: DataSection, split: str) -> None:
+    """Removes from the caches what killed downloads have left, and the marks of corrupt shards: another start, another
+    try."""
+    for source in data.all_sources:
+        for path in Path(source.local, split).rglob("*") if source.remote is not None else ():
+            if path.name.endswith(CORRUPT_MARK) or PARTIAL_DOWNLOAD.search(path.name):
+                path.unlink(missing_ok=True)
 
 
 def claim_caches(data: DataSection) -> list[IO[str]]:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from star_dist.config import CheckpointSection, RunConfig, dump_config
+from star_dist.config import CheckpointSection, DataSection, RunConfig, dump_config
 from star_dist.errors import Unreachable, UserError
 from star_dist.run_folder import differences
 from star_dist.train.places import LocalPlace, Place, S3Place
@@ -51,7 +52,7 @@ MAY_CHANGE = (
     "data.download_timeout_s",
     "data.download_attempts",
     "data.batch_timeout_s",
-    "tokenizer.path",  # the marker records the hash of the weights behind it
+    "tokenizer.path",  # the marker records the hashes of what is behind this and the data's paths
     "train.steps",
     "train.micro_batch",
     "train.activation_checkpointing",
@@ -64,14 +65,22 @@ MAY_CHANGE = (
 
 
 @dataclass(frozen=True)
+class RunInputs:
+    """Identity of what a run's config names by path alone: hash of the tokenizer, content hash of every data set."""
+
+    tokenizer_hash: str
+    data_hashes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: optimizer steps done, by how many ranks it was written, hash of the run's tokenizer."""
+    """A complete checkpoint: optimizer steps done, by how many ranks it was written, and from what."""
 
     place: Place
     folder: str
     step: int
     world_size: int
-    tokenizer_hash: str
+    inputs: RunInputs
     config: dict[str, Any]
 
     @property
@@ -160,9 +169,8 @@ class CheckpointFolder:
                 marker = json.loads(path.read_text())
             sizes = self.place.files(folder)
             expected = marker["files"]
-            checkpoint = Checkpoint(
-                self.place, folder, step, marker["world_size"], marker["tokenizer_hash"], marker["config"]
-            )
+            inputs = RunInputs(marker["tokenizer_hash"], tuple(marker["data_hashes"]))
+            checkpoint = Checkpoint(self.place, folder, step, marker["world_size"], inputs, marker["config"])
         except OSError as error:
             raise Unreachable(f"cannot read checkpoint {self.place}/{folder}: {error}; {advice}") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -191,7 +199,7 @@ class CheckpointFolder:
             )
         self.place.create(self.name(step))
 
-    def complete(self, step: int, world_size: int, tokenizer_hash: str, config: RunConfig) -> None:
+    def complete(self, step: int, world_size: int, inputs: RunInputs, config: RunConfig) -> None:
         """Writes the marker, after all ranks have written their files.
 
         Raises:
@@ -207,7 +215,8 @@ class CheckpointFolder:
         marker = {
             "step": step,
             "world_size": world_size,
-            "tokenizer_hash": tokenizer_hash,
+            "tokenizer_hash": inputs.tokenizer_hash,
+            "data_hashes": inputs.data_hashes,
             "files": files,
             "config": json.loads(dump_config(config)),
         }
@@ -254,11 +263,26 @@ def check_same_tokenizer(checkpoint: Checkpoint, tokenizer_hash: str) -> None:
     Raises:
         UserError: they differ.
     """
-    if checkpoint.tokenizer_hash != tokenizer_hash:
+    before = checkpoint.inputs.tokenizer_hash
+    if before != tokenizer_hash:
         raise UserError(
-            f"checkpoint {checkpoint.path} was trained with tokenizer {checkpoint.tokenizer_hash}, tokenizer.path now "
-            f"holds {tokenizer_hash}; restore that tokenizer or start another run_dir"
+            f"checkpoint {checkpoint.path} was trained with tokenizer {before}, tokenizer.path now holds "
+            f"{tokenizer_hash}; restore that tokenizer or start another run_dir"
         )
+
+
+def check_same_data(checkpoint: Checkpoint, data: DataSection, data_hashes: Sequence[str]) -> None:
+    """Compares a run's data sets with those that a checkpoint was trained on: others would have another order.
+
+    Raises:
+        UserError: one differs, with both hashes.
+    """
+    for source, before, now in zip(data.all_sources, checkpoint.inputs.data_hashes, data_hashes, strict=True):
+        if before != now:
+            raise UserError(
+                f"checkpoint {checkpoint.path} was trained on data with content_hash {before}, {source.place} now has "
+                f"{now}; restore that data set, or start another run_dir (train.init_from takes an export's weights)"
+            )
 
 
 def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> list[str]:

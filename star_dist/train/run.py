@@ -11,7 +11,13 @@ from star_dist.errors import RunEnded, UserError
 from star_dist.files import write_text_atomically
 from star_dist.process import ProcessInfo
 from star_dist.run_folder import CONFIG_FILE, claim_run_folder
-from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, check_same_run, check_same_tokenizer
+from star_dist.train.checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    check_same_data,
+    check_same_run,
+    check_same_tokenizer,
+)
 from star_dist.train.facts import FactsLog
 from star_dist.train.signals import RequestListener
 
@@ -55,6 +61,8 @@ def _train(config: RunConfig, process: ProcessInfo, requests: RequestListener, f
         caches = claim_caches(config.data)
         remove_segments_of_dead_jobs()
     metadata = fetch_matching_metadata(config, tokenizer_hash(tokenizer))
+    if checkpoint is not None:
+        check_same_data(checkpoint, config.data, [source.content_hash for source in metadata])
     weights = None
     if config.train.init_from is not None and checkpoint is None and (process.rank == 0 or config.train.zero_stage < 3):
         from star_dist.export import initial_weights_from

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 from star_dist.config import RunConfig
-from star_dist.train.checkpoint import CheckpointFolder
+from star_dist.train.checkpoint import CheckpointFolder, RunInputs
 from star_dist.train.control import ControlGroup
 from star_dist.train.sharded_state import ShardedState
 from star_dist.train.shards import write_index, write_shard
@@ -28,12 +28,12 @@ class CheckpointSaver:
         state: ShardedState,
         control: ControlGroup,
         rank: int,
-        tokenizer_hash: str,
+        inputs: RunInputs,
         on_saved: Callable[[int], None],
         on_failed: Callable[[int, str], None],
     ) -> None:
         self._config, self._folder, self._state, self._control = config, folder, state, control
-        self._rank, self._tokenizer_hash = rank, tokenizer_hash
+        self._rank, self._inputs = rank, inputs
         self._on_saved, self._on_failed = on_saved, on_failed
         self._pieces = control.gather(state.pieces)
         self._thread: threading.Thread | None = None
@@ -108,7 +108,7 @@ class CheckpointSaver:
         self._folder.begin(step, self._state.size_bytes)
 
     def _complete(self, step: int) -> None:
-        self._folder.complete(step, self._control.size, self._tokenizer_hash, self._config)
+        self._folder.complete(step, self._control.size, self._inputs, self._config)
 
     def _all_succeeded(self, step: int, error: str | None) -> bool:
         """Whether no rank has an error; the first one is reported, and what was written removed."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from star_dist.config import RunConfig
 from star_dist.errors import RunEnded, Unreachable, UserError
-from star_dist.train.checkpoint import Checkpoint, CheckpointFolder
+from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, RunInputs
 from star_dist.train.control import ControlGroup
 from star_dist.train.engine import Engine
 from star_dist.train.facts import FactsLog
@@ -31,7 +31,7 @@ class Supervisor:
         config: RunConfig,
         engine: Engine,
         checkpoints: CheckpointFolder,
-        tokenizer_hash: str,
+        inputs: RunInputs,
         requests: RequestListener,
         facts: FactsLog,
         log: MetricsLog,
@@ -52,7 +52,7 @@ class Supervisor:
             engine.state,
             self.control,
             self.rank,
-            tokenizer_hash,
+            inputs,
             on_saved=facts.saved,
             on_failed=self._on_save_failed,
         )

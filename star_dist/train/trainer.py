@@ -24,7 +24,7 @@ from star_dist.model.layout import copy_to_device
 from star_dist.model.star import STAR
 from star_dist.text import TextEncoder, TextFeatures
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
-from star_dist.train.checkpoint import Checkpoint, CheckpointFolder
+from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, RunInputs
 from star_dist.train.engine import Engine
 from star_dist.train.facts import FactsLog
 from star_dist.train.loss_report import by_scale, loss_report
@@ -90,7 +90,8 @@ class Trainer:
             self.first_step = checkpoint.step
         self.peak_flops, self.peak_source = peak_flops(config, self.device)
         self.log = MetricsLog(config, self.run_dir, self.first_step, enabled=self.rank == 0)
-        self.supervisor = Supervisor(config, engine, checkpoints, metadata[0].tokenizer_hash, requests, facts, self.log)
+        inputs = RunInputs(metadata[0].tokenizer_hash, tuple(source.content_hash for source in metadata))
+        self.supervisor = Supervisor(config, engine, checkpoints, inputs, requests, facts, self.log)
 
     def run(self) -> None:
         """Trains to the last step.

@@ -1,6 +1,8 @@
 """Streaming in an order that is a function of the step alone."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from star_dist.config import RunConfig
-from star_dist.data.batches import drop_captions
+from star_dist.data.batches import HeldOutBatches, drop_captions
 from star_dist.data.fetch import check_local_shards, fetch_metadata
 from star_dist.errors import UserError
 from star_dist.process import prepare_process_environment
@@ -130,6 +132,52 @@ def test_a_remote_shard_that_is_cut_short_is_named(
     shard.write_bytes(shard.read_bytes()[:-7])
     data = {"remote": str(copy), "local": str(tmp_path / "cache"), "download_attempts": 1, "batch_timeout_s": 5}
     config = run_config(data=data | {"num_workers": num_workers})
-    said = r"cannot read the data set at .*shard\.00000\.mds|no batch from .* within data\.batch_timeout_s 5 s"
-    with pytest.raises(RankFailed, match=rf"\nstar_dist\.errors\.UserError: ({said})"):
+    said = r"cannot read the data set at .*shard\.00000\.mds after 1 downloads"
+    with pytest.raises(RankFailed, match=rf"\nstar_dist\.errors\.UserError: {said}"):
         order(config, 0, 3, 1)
+
+
+def test_a_held_out_shard_that_is_damaged_is_named(
+    dataset_folder: Path, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Held-out samples are read one by one, without the threads that download ahead."""
+    copy = tmp_path / "set"
+    shutil.copytree(dataset_folder, copy)
+    (shard,) = (copy / "val").rglob("*.mds")
+    shard.write_bytes(shard.read_bytes()[:-7])
+    data = {"remote": str(copy), "local": str(tmp_path / "cache"), "download_attempts": 1}
+    config = run_config(data=data)
+
+    def validate() -> None:
+        prepare_process_environment()
+        list(HeldOutBatches(config, fetch_metadata(config.data), 0, 1))
+
+    with pytest.raises(RankFailed, match=r"\n\S*UserError: cannot read the data set .*shard\.00000\.mds"):
+        run_ranks(validate, 1)
+
+
+def test_a_cache_without_room_is_one_message(
+    dataset_folder: Path, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = run_config(
+        data={"remote": str(dataset_folder), "local": str(tmp_path / "cache"), "download_attempts": 1, "num_workers": 1}
+    )
+    monkeypatch.setattr("star_dist.data.streams.CheckedStream._prepare_shard_part", full)
+    with pytest.raises(RankFailed, match=r"\nstar_dist\.errors\.UserError: .*no room in the cache .*data\.cache_limit"):
+        order(config, 0, 3, 1)
+
+
+def test_what_killed_downloads_leave_goes_at_the_next_start(
+    dataset_folder: Path, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = run_config(data={"remote": str(dataset_folder), "local": str(tmp_path / "cache")})
+    whole = order(config, 0, 6, 1)
+    (shard,) = (tmp_path / "cache" / "train").rglob("*.mds")
+    left = [shard.with_name(f"{shard.name}.{ending}") for ending in ("0aF3b29C", "corrupt")]
+    for path in left:
+        path.write_bytes(b"left")
+    assert order(config, 0, 6, 1) == whole
+    assert shard.is_file() and not any(path.exists() for path in left)

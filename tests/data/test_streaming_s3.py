@@ -53,10 +53,14 @@ def undisturbed(run_config: MakeConfig, many_shards: Path) -> list[list[int]]:
     return order(run_config(data={"local": str(many_shards)}), 0, 6, 1)
 
 
+def training_shards(folder: Path) -> list[dict]:
+    return json.loads((folder / "train" / "index.json").read_text())["shards"]
+
+
 def shard_samples(folder: Path, shard: str) -> set[int]:
     """Ids of the samples of one training shard."""
     first = 0
-    for entry in json.loads((folder / "train" / "index.json").read_text())["shards"]:
+    for entry in training_shards(folder):
         if entry["raw_data"]["basename"].endswith(shard):
             return set(range(first, first + entry["samples"]))
         first += entry["samples"]
@@ -105,7 +109,11 @@ def test_a_corrupt_shard_is_skipped_and_counted_by_option(
 ) -> None:
     s3_faults.inject("corrupt", path=SHARD)
     data = {"download_attempts": 1, "corrupt_shards": "skip"}
-    assert order(on_s3(data=data), 0, 6, 1) == undisturbed  # ids and batches keep their places
+    shards = [shard["raw_data"]["bytes"] for shard in training_shards(many_shards)]
+    limit = 4 * max(shards)  # the least that the library takes
+    assert limit < sum(shards)  # shards go and come back, the skipped one too
+    limited = on_s3(data=data | {"cache_limit": f"{limit}b"})
+    assert order(limited, 0, 6, 1) == undisturbed  # ids and batches keep their places
     config = on_s3(data=data, train={"steps": 6}, checkpoint={"every": 6})
     run_ranks(train, 1, config)
     lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
@@ -219,7 +227,12 @@ def test_killed_jobs_are_cleaned_up_after_and_living_ones_left_alone(run_config:
 
 @pytest.mark.slow
 def test_training_from_s3_killed_and_resumed_ends_like_an_undisturbed_local_one(
-    on_s3: MakeConfig, run_config: MakeConfig, many_shards: Path, s3_faults: FaultProxy, tmp_path: Path
+    on_s3: MakeConfig,
+    run_config: MakeConfig,
+    many_shards: Path,
+    s3: S3Bucket,
+    s3_faults: FaultProxy,
+    tmp_path: Path,
 ) -> None:
     local = run_config(run_dir=str(tmp_path / "local"), data={"local": str(many_shards)}, train={"steps": 9})
     run_ranks(train, 2, local)
@@ -232,7 +245,14 @@ def test_training_from_s3_killed_and_resumed_ends_like_an_undisturbed_local_one(
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 5) and time.monotonic() < deadline:
         time.sleep(0.02)
     ranks.kill()
+    other = json.loads(s3.read("set/dataset.json")) | {"content_hash": "of another"}
+    s3.write("other/dataset.json", json.dumps(other).encode())
+    elsewhere = {"remote": f"{s3.url}/other", "local": str(tmp_path / "other")}
+    with pytest.raises(RankFailed, match=r"on data with content_hash \w{16}, s3://.*/other now has of another;"):
+        run_ranks(train, 2, on_s3(run_dir=str(tmp_path / "s3"), train={"steps": 9}, data=elsewhere))
     run_ranks(train, 2, config)
+    for path in Path(config.run_dir).rglob("*"):
+        assert path.is_dir() or s3.server.secret_key.encode() not in path.read_bytes(), path
     expected = weights(local)
     for name, tensor in weights(config).items():
         assert tensor.equal(expected[name]), name

@@ -11,7 +11,7 @@ import torch
 
 from star_dist.config import CheckpointSection, RunConfig
 from star_dist.errors import UserError
-from star_dist.train.checkpoint import INDEX, CheckpointFolder, shard_name
+from star_dist.train.checkpoint import INDEX, CheckpointFolder, RunInputs, shard_name
 from star_dist.train.facts import read_events
 from star_dist.train.places import S3Place
 from tests.ranks import RankFailed, run_ranks
@@ -190,9 +190,9 @@ def test_what_a_killed_save_leaves_goes_with_the_next_and_no_marker_stands_witho
         folder.begin(step, 0)
         for name in names:
             (tmp_path / "checkpoints" / folder.name(step) / name).write_bytes(b"1")
-    folder.complete(2, 2, "hash", run_config())
+    folder.complete(2, 2, RunInputs("hash", ("data",)), run_config())
     with pytest.raises(OSError, match=r"2 of 3 files are not at .*step_00000003, such as shard_00000"):
-        folder.complete(3, 2, "hash", run_config())
+        folder.complete(3, 2, RunInputs("hash", ("data",)), run_config())
     folder.prune()
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000002", "step_00000003"]
 
