@@ -7,9 +7,9 @@ OUTPUT/UNIT.rejects    pictures that could not be read, with the reason; written
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep.captioner import Captioner
-from data_prep.job import JOB_FILE, WITHOUT_INFLUENCE, check_same_job, work_folder
-from data_prep.partition import Partition, exclusive
+from data_prep.job import JOB_FILE, JOB_HASH_DIGITS, check_same_job, identity, source_hash
+from data_prep.partition import Partition
 from data_prep.preparation import Rejected, describe_item, read_item
 from data_prep.recaptions import caption_line
 from data_prep.sources import SourceBase, SourceItem, open_source
+from data_prep.work import unfinished_work, work_root
 from star_dist.config import CaptionConfig
 from star_dist.data.pictures import UnreadablePicture, decode_picture
 from star_dist.errors import UserError
@@ -46,13 +47,12 @@ def caption(
         UserError: a source, model or output that cannot be used, or another worker is at the same partition.
     """
     store = open_store(config.output, endpoint=config.storage.endpoint, region=config.storage.region)
-    work = work_folder(config.output, config.work) / partition.name
+    work_root(config.output, config.work)  # a mistake in it shows before the source is listed
     source = open_source(config.source, config.storage)
     units = partition.of(source.units)
-    _join_job(store, config, partition, len(source.units))
+    job_hash = _join_job(store, config, partition, source)
     counts = {"captioned": 0, "rejected": 0}
-    with exclusive(work, f"partition {partition}"):
-        work.mkdir(parents=True, exist_ok=True)
+    with unfinished_work(config.output, config.work, job_hash, partition) as work:
         groups = groupby(units, key=lambda unit: source.caption_file(unit, partition.name))
         missing = [(file, list(members)) for file, members in groups if not store.exists(file)]
         if missing:
@@ -63,7 +63,6 @@ def caption(
                     captioned, rejected = job.run(file, members, bar, number / len(missing))
                     counts["captioned"] += captioned
                     counts["rejected"] += rejected
-        shutil.rmtree(work)
     print(
         f"partition {partition} of {config.output} is complete: {counts['captioned']} captioned, "
         f"{counts['rejected']} rejected by this run"
@@ -71,14 +70,14 @@ def caption(
     return counts
 
 
-def _join_job(store: ObjectStore, config: CaptionConfig, partition: Partition, units: int) -> None:
-    """Begins a job at its output, or checks that it is this one.
+def _join_job(store: ObjectStore, config: CaptionConfig, partition: Partition, source: SourceBase) -> str:
+    """Begins a job at its output, or checks that it is this one; returns its identity.
 
     Raises:
         UserError: the output belongs to another job; names the first difference.
     """
-    influence = json.loads(config.model_dump_json(exclude=WITHOUT_INFLUENCE | {"batch"}))
-    job = influence | {"partitions": partition.count, "units": units}
+    job = {name: value for name, value in identity(config).items() if name != "batch"}
+    job |= {"partitions": partition.count, "units": len(source.units), "source_hash": source_hash(source)}
     if not store.exists(JOB_FILE):
         store.write(JOB_FILE, (json.dumps(job, indent=2) + "\n").encode())
     try:
@@ -86,6 +85,7 @@ def _join_job(store: ObjectStore, config: CaptionConfig, partition: Partition, u
     except ValueError as error:
         raise UserError(f"{store.url}/{JOB_FILE} is damaged: {error}") from None
     check_same_job(store, stored, job)
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:JOB_HASH_DIGITS]
 
 
 class _CaptionJob:

@@ -111,12 +111,38 @@ def test_a_job_that_ends_in_the_middle_goes_on_where_it_was(
     monkeypatch.setattr(Captioner, "__call__", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         caption(make_config(values), Partition())
-    (begun,) = (tmp_path / "new.work" / "00000-of-00001").iterdir()
+    (begun,) = (tmp_path / "new.work").rglob("*.jsonl")
     begun.write_bytes(begun.read_bytes()[:-5])  # as a kill in the middle of a line leaves it
     assert not (tmp_path / "new" / "00000-of-00001.jsonl").exists()
     assert caption(make_config(values), Partition()) == {"captioned": 60 - 23, "rejected": 0}
     new, clean = (tmp_path / name / "00000-of-00001.jsonl" for name in ("new", "clean"))
     assert new.read_bytes() == clean.read_bytes()
+
+
+def test_jobs_that_share_a_working_folder_go_on_with_their_own_lines(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same source and working folder, another model's settings and output: as after a change of the config."""
+
+    def job(name: str, tokens: int) -> CaptionConfig:
+        return make_config(values, output=str(tmp_path / name), work=str(tmp_path / "work"), max_new_tokens=tokens)
+
+    def dies(self: Captioner, pictures: list[Image.Image]) -> list[str]:
+        if calls.pop() == "die":
+            raise KeyboardInterrupt
+        return [f"by {self.config.max_new_tokens}"] * len(pictures)
+
+    monkeypatch.setattr(Captioner, "__call__", dies)
+    for name, tokens in (("old", 6), ("new", 7)):
+        calls = ["die", "say"]
+        with pytest.raises(KeyboardInterrupt):
+            caption(job(name, tokens), Partition())
+    for name, tokens in (("new", 7), ("old", 6)):
+        calls = ["say"] * 10
+        assert caption(job(name, tokens), Partition()) == {"captioned": 60 - 8, "rejected": 0}
+        lines = (tmp_path / name / "00000-of-00001.jsonl").read_text().splitlines()
+        assert [json.loads(line)["caption"] for line in lines] == [f"by {tokens}"] * 60
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_tars_on_s3_and_pictures_that_cannot_be_read(
