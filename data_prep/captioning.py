@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data_prep.captioner import Captioner
 from data_prep.job import JOB_FILE, JOB_HASH_DIGITS, check_same_job, identity, source_hash
 from data_prep.partition import Partition
-from data_prep.preparation import Rejected, describe_item, read_item
+from data_prep.preparation import Rejected, check_picture, read_item
 from data_prep.recaptions import caption_line
 from data_prep.sources import SourceBase, SourceItem, open_source
 from data_prep.work import unfinished_work, work_root
@@ -148,7 +148,7 @@ class _CaptionJob:
 
     def _picture(self, item: SourceItem) -> Image.Image | str:
         try:
-            describe_item(item)
+            check_picture(item)
             image = decode_picture(read_item(item))
         except (Rejected, UnreadablePicture) as error:
             return str(error)

@@ -42,11 +42,13 @@ class Description:
     """What a source says of a picture. captions: by name; absent ones are left out. scores: of the asked-for columns.
 
     problem: why the item cannot be used, where the source has found that already; counted as a reason of rejection.
+    has_picture: False where the problem is that there is no picture, or not one alone; otherwise it is the captions'.
     """
 
     captions: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     problem: str | None = None
+    has_picture: bool = True
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class _ParquetFile:
 
     def _describe(self, key: str, picture: Any, fields: dict[str, Any]) -> Description:
         if picture is None or (isinstance(picture, dict) and not (picture.get("bytes") or picture.get("path"))):
-            return Description(problem="no picture in the row")
+            return Description(problem="no picture in the row", has_picture=False)
         recaptions = {name: texts[key] for name, texts in self.recaptions.items() if key in texts}
         return self.source.description(fields, recaptions)
 

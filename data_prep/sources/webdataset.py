@@ -104,9 +104,9 @@ class _Tar:
     def _describe(self, key: str) -> Description:
         sample = self.samples[key]
         if key in self.repeated:
-            return Description(problem="key twice in a tar")
+            return Description(problem="key twice in a tar", has_picture=False)
         if not PICTURE_SUFFIXES & sample.keys():
-            return Description(problem="no picture in the sample")
+            return Description(problem="no picture in the sample", has_picture=False)
         fields = {}
         try:
             if ".json" in sample:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +16,7 @@ from PIL import Image
 from data_prep.captioner import Captioner
 from data_prep.captioning import caption
 from data_prep.partition import Partition
+from data_prep.sources import open_source
 from data_prep.tokenization import tokenize
 from star_dist.config import CaptionConfig, PrepConfig, parse_config
 from star_dist.data.schema import decode_captions, read_metadata
@@ -166,6 +170,65 @@ def test_tars_on_s3_and_pictures_that_cannot_be_read(
         {"key": "0.tar/b", "reason": "truncated picture"},
         {"key": "0.tar/d", "reason": "no picture in the sample"},
     ]
+
+
+def folder_beside(folder: Path, picture: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    for name in ("bare", "bad_text", "bad_json", "good"):
+        (folder / f"{name}.png").write_bytes(picture)
+    (folder / "bad_text.txt").write_bytes(b"\xff")
+    (folder / "bad_json.json").write_text("[")
+    (folder / "good.txt").write_text("good")
+    (folder / "empty.png").touch()
+    return {"kind": "folder"}, {"empty.png": "empty file"}
+
+
+def folder_listing(folder: Path, picture: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    for name in ("twice", "bare", "good"):
+        (folder / f"{name}.png").write_bytes(picture)
+    lines = [{"file": "good.png", "caption": "good"}, {"file": "bare.png"}, {"file": "gone.png", "caption": "gone"}]
+    lines += [{"file": "twice.png", "caption": text} for text in "ab"] + [{"file": "\ud800.png", "caption": "half"}]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reasons = {"gone.png": "unreadable file: No such file or directory", "\ud800.png": "name is not Unicode text"}
+    return {"kind": "folder"}, reasons
+
+
+def tar_of_odd_samples(folder: Path, picture: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    good = {"bare.png": picture, "bad.png": picture, "bad.txt": b"\xff", "bad2.png": picture, "bad2.json": b"["}
+    write_tar(folder / "0.tar", good | {"twice.png": picture, "twice.PNG": picture, "none.txt": b"no picture"})
+    return {"kind": "webdataset"}, {"0.tar/none": "no picture in the sample", "0.tar/twice": "key twice in a tar"}
+
+
+def parquet_of_odd_rows(folder: Path, picture: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    rows = [{"bytes": data, "path": path} for data, path in ((picture, None), (None, None), (None, "gone.png"))]
+    table = pyarrow.table({"image": [*rows, None, rows[0]], "caption": [None, "a", "b", "c", "d"]})
+    pyarrow.parquet.write_table(table, folder / "0.parquet")
+    reasons = dict.fromkeys((1, 3), "no picture in the row") | {2: "unreadable file: No such file or directory"}
+    return {"kind": "parquet"}, {f"0.parquet/{row:08}": reasons[row] for row in sorted(reasons)}
+
+
+@pytest.mark.parametrize("write", [folder_beside, folder_listing, tar_of_odd_samples, parquet_of_odd_rows])
+def test_a_picture_needs_no_good_caption_to_get_a_new_one(
+    write: Callable[[Path, bytes], tuple[dict[str, Any], dict[str, str]]],
+    values: dict[str, Any],
+    tmp_path: Path,
+    pictures_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is wrong with the picture or its name rejects it, in every kind of source, and never ends the job."""
+    monkeypatch.setattr(Captioner, "__call__", lambda self, pictures: ["new"] * len(pictures))
+    (tmp_path / "source").mkdir()
+    source, rejected = write(tmp_path / "source", (pictures_folder / "000.png").read_bytes())
+    source["path"] = str(tmp_path / "source")
+    keys = [item.key for unit in open_source(source).units for item in open_source(source).open(unit)]
+    good = [key for key in keys if key not in rejected]
+    assert caption(make_config(values, source=source), Partition()) == {
+        "captioned": len(good),
+        "rejected": len(rejected),
+    }
+    (lines,) = (path.read_text().splitlines() for path in (tmp_path / "new").glob("0*.jsonl"))
+    assert [json.loads(line) for line in lines] == [{"key": key, "caption": "new"} for key in good]
+    (lines,) = (path.read_text().splitlines() for path in (tmp_path / "new").glob("0*.rejects"))
+    assert {reject["key"]: reject["reason"] for reject in map(json.loads, lines)} == rejected
 
 
 def test_captions_may_hold_any_character(
