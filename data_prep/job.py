@@ -105,8 +105,10 @@ def manifest_name(partition: Partition) -> str:
 
 
 def identity(config: PrepConfig | CaptionConfig) -> dict[str, Any]:
-    """The config as far as it decides the result."""
-    return json.loads(config.model_dump_json(exclude=WITHOUT_INFLUENCE))
+    """The config as far as it decides the result of a partition that comes to its end."""
+    values = json.loads(config.model_dump_json(exclude=WITHOUT_INFLUENCE))
+    values["source"].pop("damaged_units", None)  # a unit that one value leaves out keeps the other from ending
+    return values
 
 
 def describe_job(

@@ -5,6 +5,7 @@ The job's hash in the path keeps jobs apart that share WORK: none takes over wha
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -18,6 +19,7 @@ from data_prep.partition import Partition
 from star_dist.errors import UserError
 from star_dist.object_store import is_s3
 
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 TEMPORARY = "partial-"  # begins the names of what is worth nothing after a kill
 
 

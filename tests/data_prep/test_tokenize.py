@@ -16,6 +16,7 @@ from star_dist.data.schema import decode_features, decode_tokens, read_metadata
 from star_dist.errors import UserError
 from star_dist.tokenizer.io import load_tokenizer
 from tests.data_prep.jobs import contents, samples
+from tests.data_prep.test_webdataset_source import write_tar
 
 
 def test_shards_hold_what_the_tokenizer_says(dataset_folder: Path, pictures_folder: Path, prep_values: dict) -> None:
@@ -65,6 +66,38 @@ def test_unusable_pictures_are_skipped_counted_and_listed(tmp_path: Path, prep_v
         "narrow.png": "too small",
         "text.png": "not a picture",
     }
+
+
+def test_damaged_tars_stop_the_job_or_are_left_out_counted_and_listed(
+    tmp_path: Path, prep_values: dict, pictures_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that has stopped goes on without them, to the bytes of one that left them out from the beginning."""
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    files = sorted(pictures_folder.glob("*.png"))[:9]
+    for i in range(3):
+        pictures = {file.name: file.read_bytes() for file in files[3 * i : 3 * i + 3]}
+        write_tar(tars / f"{2 * i}.tar", pictures | {f"{file.stem}.txt": b"caption" for file in files})
+    (tars / "1.tar").write_bytes((tars / "0.tar").read_bytes()[:1000])
+    (tars / "3.tar").touch()
+    write_tar(tars / "5.tar", {})
+    source = {"kind": "webdataset", "path": str(tars)}
+    values = prep_values | {"validation_fraction": 0.0, "batch": 2, "chunk": 2}
+
+    def job(name: str, **options: str) -> PrepConfig:
+        return parse_config(PrepConfig, values | {"source": source | options, "output": str(tmp_path / name)})
+
+    with pytest.raises(UserError, match=r"1\.tar is .*again, or go on without it by source\.damaged_units=skip"):
+        tokenize(job("set"))
+    assert list((tmp_path / "set.work").rglob("chunk.json")), "nothing that could be gone on with"
+    metadata = tokenize(job("set", damaged_units="skip"))[16]
+    assert "damaged tar: 2" in capsys.readouterr().out
+    assert metadata.splits == {"train": 9} and metadata.rejected == {"damaged tar": 2, "no picture in the sample": 18}
+    rejects = map(json.loads, (tmp_path / "set" / "rejects.jsonl").read_text().splitlines())
+    damaged = [reject["key"] for reject in rejects if reject["reason"] == "damaged tar"]
+    assert damaged == ["1.tar", "3.tar"]
+    tokenize(job("clean", damaged_units="skip"))
+    assert contents(tmp_path / "set") == contents(tmp_path / "clean")
 
 
 def test_text_features_are_those_of_the_encoder(tmp_path: Path, prep_values: dict, text_encoder_folder: Path) -> None:

@@ -102,6 +102,15 @@ def test_tars_that_end_too_early_are_refused_wherever_they_end(tmp_path: Path, c
     source = open_source({"kind": "webdataset", "path": str(tmp_path)})
     with pytest.raises(UserError, match=r"a\.tar is (no whole tar|cut short or damaged at byte \d+).*fetch it again"):
         source.open("a.tar")
+    source = open_source({"kind": "webdataset", "path": str(tmp_path), "damaged_units": "skip"})
+    assert described(source) == {"a.tar": ({}, {}, "damaged tar")}
+    assert len(source.open("a.tar")) == 1
+
+
+def test_a_tar_without_members_has_no_items(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {})
+    unit = open_source({"kind": "webdataset", "path": str(tmp_path)}).open("a.tar")
+    assert len(unit) == 0 and not list(unit)
 
 
 def test_folders_and_tars_without_pictures_are_refused(tmp_path: Path) -> None:
