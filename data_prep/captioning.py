@@ -26,7 +26,7 @@ from data_prep.partition import Partition
 from data_prep.preparation import Rejected, check_picture, read_item
 from data_prep.recaptions import caption_line
 from data_prep.sources import SourceBase, SourceItem, open_source
-from data_prep.work import unfinished_work, work_root
+from data_prep.work import named_if_full, unfinished_work, work_root
 from star_dist.config import CaptionConfig
 from star_dist.data.pictures import UnreadablePicture, decode_picture
 from star_dist.errors import UserError
@@ -125,12 +125,14 @@ class _CaptionJob:
                 target.flush()
                 bar.update(len(batch))
         bar.total = max(bar.n, round(before + (bar.n - before) / share))
-        lines = local.read_bytes().splitlines(keepends=True)  # bytes: text would be split at U+2028 and others too
+        with local.open("rb") as lines_of_bytes:  # text could be split at more than \n
+            lines = list(lines_of_bytes)
         rejects = [line for line in lines if "reason" in json.loads(line)]
-        if rejects:
-            self.store.write(file.removesuffix(".jsonl") + REJECTS_SUFFIX, b"".join(rejects))
         captions = [line for line in lines if "caption" in json.loads(line)]
-        self.store.write(file, b"".join(captions))
+        with named_if_full(self.store.url):
+            if rejects:
+                self.store.write(file.removesuffix(".jsonl") + REJECTS_SUFFIX, b"".join(rejects))
+            self.store.write(file, b"".join(captions))
         local.unlink()
         return counts[0], counts[1]
 

@@ -36,7 +36,7 @@ from data_prep.partition import Partition
 from data_prep.preparation import Prepared, prepare_all
 from data_prep.sources import SourceBase, SourceItem, open_source
 from data_prep.summary import Summary
-from data_prep.work import TEMPORARY, unfinished_work, work_root
+from data_prep.work import TEMPORARY, named_if_full, unfinished_work, work_root
 from star_dist.config import PrepConfig, ResolutionSection
 from star_dist.data.pictures import normalize
 from star_dist.data.schema import DatasetMetadata, columns, encode_captions, encode_tokens
@@ -131,7 +131,7 @@ class _Worker:
             with self._timed("assemble"):
                 empty_caption = self.text_encoder([""])[0] if self.text_encoder else None
                 partition = assemble(journal, Path(folder), self.config, self.partition, self.job, empty_caption)
-            with self._timed("upload"):
+            with self._timed("upload"), named_if_full(store.url):
                 upload(partition, store, manifest_name(self.partition))
         return Summary.of(
             partition.manifest,

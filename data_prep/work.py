@@ -30,8 +30,8 @@ def unfinished_work(output: str, work: str | None, job_hash: str, partition: Par
     work: as the config has it; null takes `OUTPUT.work`.
 
     Raises:
-        UserError: another process is at the partition, the folder cannot be written, or the output is on S3 and no
-            local folder is given.
+        UserError: another process is at the partition, the folder cannot be written or its disk is full, or the output
+            is on S3 and no local folder is given.
     """
     root = work_root(output, work)
     folder = root / job_hash / partition.name
@@ -39,7 +39,8 @@ def unfinished_work(output: str, work: str | None, job_hash: str, partition: Par
         folder.mkdir(exist_ok=True)
         for leftover in folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover)
-        yield folder
+        with named_if_full(str(folder)):
+            yield folder
         shutil.rmtree(folder)
     with suppress(OSError):  # other partitions are still at work
         folder.parent.rmdir()
@@ -58,6 +59,19 @@ def work_root(output: str, work: str | None) -> Path:
     if is_s3(output):
         raise UserError(f"output {output} is on S3; set work to a local folder for what is not finished yet")
     return Path(output.rstrip("/") + ".work")
+
+
+@contextmanager
+def named_if_full(place: str) -> Iterator[None]:
+    """Turns the error of a full disk into one line that names the place that was written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise UserError(
+            f"cannot write to {place}: {error.strerror}; make room and run the same command again to go on"
+        ) from None
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,34 @@ def test_what_kills_have_left_goes_at_the_next_start(prep_values: dict[str, Any]
         tokenize(config)
     tokenize(config)
     assert not (tmp_path / "set.work").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 32 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", disk], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("full", ["work", "output"])
+def test_a_full_disk_is_named_and_the_same_command_goes_on(
+    many_pictures: dict[str, Any], tmp_path: Path, small_disk: Path, full: str
+) -> None:
+    places = {"work": tmp_path / "work", "output": tmp_path / "set"}
+    places[full].symlink_to(small_disk)
+    config = make_config(many_pictures, places["output"], work=str(places["work"]))
+    with pytest.raises(
+        UserError, match=rf"cannot write to {places[full]}.*: No space left.*run the same command again"
+    ):
+        tokenize_partition(config, Partition(), workers=1)
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    tokenize(config)
+    tokenize(make_config(many_pictures, tmp_path / "clean"))
+    assert contents(places["output"]) == contents(tmp_path / "clean")
 
 
 @pytest.mark.parametrize("text", ["3", "1/2/3", "-1/2", "2/2", "0/0", "a/b"])
