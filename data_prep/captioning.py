@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from data_prep.job import JOB_FILE, JOB_HASH_DIGITS, check_same_job, identity, s
 from data_prep.partition import Partition
 from data_prep.preparation import Rejected, check_picture, read_item
 from data_prep.recaptions import caption_line
-from data_prep.sources import SourceBase, SourceItem, open_source
+from data_prep.sources import SourceBase, SourceItem, Unit, open_source, open_units
 from data_prep.work import named_if_full, unfinished_work, work_root
 from star_dist.config import CaptionConfig
 from star_dist.data.pictures import UnreadablePicture, decode_picture
@@ -58,10 +58,14 @@ def caption(
         missing = [(file, list(members)) for file, members in groups if not store.exists(file)]
         if missing:
             device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
-            job = _CaptionJob(config, source, Captioner(config, device), store, work, workers or os.cpu_count() or 1)
+            captioner = Captioner(config, device)
+            names = [unit for _, members in missing for unit in members]
+            opened = open_units(source, names)
             with tqdm(unit="picture", desc=f"caption {partition}", dynamic_ncols=True) as bar:
-                for number, (file, members) in enumerate(missing, start=1):
-                    captioned, rejected = job.run(file, members, bar, number / len(missing))
+                progress = _Progress(bar, len(names))
+                job = _CaptionJob(config, captioner, store, work, workers or len(os.sched_getaffinity(0)), progress)
+                for file, members in missing:
+                    captioned, rejected = job.run(file, islice(opened, len(members)))
                     counts["captioned"] += captioned
                     counts["rejected"] += rejected
     print(
@@ -89,30 +93,46 @@ def _join_job(store: ObjectStore, config: CaptionConfig, partition: Partition, s
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:JOB_HASH_DIGITS]
 
 
+class _Progress:
+    """Pictures of this run; how many will come is estimated by the units that are open or done."""
+
+    def __init__(self, bar: tqdm, units: int) -> None:
+        self.bar, self.units = bar, units
+        self.opened_units = self.opened_items = self.done_before = 0
+
+    def items_of(self, units: Iterable[Unit], done_before: int) -> Iterator[SourceItem]:
+        """All items of units, without those that an earlier run has done."""
+        self.done_before += done_before
+        for unit in units:
+            self.opened_units += 1
+            self.opened_items += len(unit)
+            self.bar.total = round(self.opened_items * self.units / self.opened_units) - self.done_before
+            yield from islice(unit, done_before, None)
+            done_before = max(0, done_before - len(unit))
+
+
 class _CaptionJob:
     """Captions the units that share one output file."""
 
     def __init__(
         self,
         config: CaptionConfig,
-        source: SourceBase,
         captioner: Captioner,
         store: ObjectStore,
         work: Path,
         workers: int,
+        progress: _Progress,
     ) -> None:
-        self.config, self.source, self.captioner, self.store = config, source, captioner, store
-        self.work, self.workers = work, workers
+        self.config, self.captioner, self.store = config, captioner, store
+        self.work, self.workers, self.progress = work, workers, progress
 
-    def run(self, file: str, units: Sequence[str], bar: tqdm, share: float) -> tuple[int, int]:
-        """Writes one file; returns pictures captioned and rejected by this run. share: of all files, this one done."""
+    def run(self, file: str, units: Iterable[Unit]) -> tuple[int, int]:
+        """Writes one file; returns pictures captioned and rejected by this run."""
         local = self.work / file.replace("/", "%")
         done = _whole_lines(local)
         counts = [0, 0]
-        before = bar.n
         with local.open("a", encoding="utf-8") as target:
-            items = (item for unit in units for item in self.source.open(unit))
-            ahead = self._read_ahead(islice(items, done, None))
+            ahead = self._read_ahead(self.progress.items_of(units, done))
             while batch := list(islice(ahead, self.config.batch)):
                 good = [picture for _, picture in batch if isinstance(picture, Image.Image)]
                 new = iter(self.captioner(good)) if good else iter(())
@@ -123,8 +143,7 @@ class _CaptionJob:
                         target.write(json.dumps({"key": item.key, "reason": picture}) + "\n")
                     counts[not isinstance(picture, Image.Image)] += 1
                 target.flush()
-                bar.update(len(batch))
-        bar.total = max(bar.n, round(before + (bar.n - before) / share))
+                self.progress.bar.update(len(batch))
         with local.open("rb") as lines_of_bytes:  # text could be split at more than \n
             lines = list(lines_of_bytes)
         rejects = [line for line in lines if "reason" in json.loads(line)]

@@ -34,7 +34,7 @@ from data_prep.journal import Chunk, Journal
 from data_prep.merging import merge
 from data_prep.partition import Partition
 from data_prep.preparation import Prepared, prepare_all
-from data_prep.sources import SourceBase, SourceItem, open_source
+from data_prep.sources import SourceBase, SourceItem, open_source, open_units
 from data_prep.summary import Summary
 from data_prep.work import TEMPORARY, named_if_full, unfinished_work, work_root
 from star_dist.config import PrepConfig, ResolutionSection
@@ -65,7 +65,7 @@ def tokenize_partition(
     """Tokenizes one partition and prints a summary; None where the partition was complete already.
 
     Goes on after the last complete chunk of a job that was killed. `workers` threads decode pictures (default: one
-    per CPU); their number leaves the result as it is.
+    per CPU that this process may use); their number leaves the result as it is.
 
     Raises:
         UserError: a source, tokenizer or output that cannot be used, or another worker is at the same partition.
@@ -93,7 +93,7 @@ def tokenize_partition(
         if read_manifest(store, manifest_name(partition)) is not None:
             print(f"partition {partition} of {config.output} is complete, nothing to do")
             return None
-        worker = _Worker(config, partition, job, source, tokenizer.to(device), workers or os.cpu_count() or 1)
+        worker = _Worker(config, partition, job, source, tokenizer.to(device), workers or len(os.sched_getaffinity(0)))
         summary = worker.run(store, work, units)
     print(summary)
     return summary
@@ -253,8 +253,8 @@ class _Stream:
 
     def __iter__(self) -> Iterator[SourceItem]:
         offset = self.start.offset
-        for number in range(self.start.unit, len(self.units)):
-            unit = self.source.open(self.units[number])
+        opened = open_units(self.source, islice(self.units, self.start.unit, None))
+        for number, unit in enumerate(opened, start=self.start.unit):
             end = self.first_items[-1] + len(unit)
             self.first_items.append(end)
             self.bar.total = round(end * len(self.units) / (number + 1))

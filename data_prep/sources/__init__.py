@@ -15,6 +15,7 @@ import pkgutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -239,6 +240,24 @@ class FileSource(SourceBase):
                 raise
             place = f"{self.options.path}/{unit}"
             raise UserError(f"cannot read {place}: {error.strerror or error}; run the same command again") from None
+
+
+def open_units(source: SourceBase, names: Iterable[str]) -> Iterator[Unit]:
+    """Opens units in their order, always the next one while one is in use: its copy from S3 comes meanwhile.
+
+    Raises:
+        UserError: a unit that cannot be read, when its turn has come.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="open")
+    try:
+        opening = (pool.submit(source.open, name) for name in names)
+        following = next(opening, None)
+        while following is not None:
+            unit = following.result()
+            following = next(opening, None)
+            yield unit
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def open_source(

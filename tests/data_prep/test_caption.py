@@ -100,9 +100,10 @@ def test_new_captions_are_found_by_tokenization(values: dict[str, Any], prep_val
 
 
 def test_a_job_that_ends_in_the_middle_goes_on_where_it_was(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caption(make_config(values, output=str(tmp_path / "clean")), Partition())
+    assert "/60 [" in capsys.readouterr().err  # the bar knows how many will come
     calls: list[int] = []
     original = Captioner.__call__
 
@@ -119,6 +120,7 @@ def test_a_job_that_ends_in_the_middle_goes_on_where_it_was(
     begun.write_bytes(begun.read_bytes()[:-5])  # as a kill in the middle of a line leaves it
     assert not (tmp_path / "new" / "00000-of-00001.jsonl").exists()
     assert caption(make_config(values), Partition()) == {"captioned": 60 - 23, "rejected": 0}
+    assert "37/37 [" in capsys.readouterr().err
     new, clean = (tmp_path / name / "00000-of-00001.jsonl" for name in ("new", "clean"))
     assert new.read_bytes() == clean.read_bytes()
 
