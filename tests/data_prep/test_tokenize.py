@@ -1,6 +1,8 @@
 """The tokenization job: what it writes, what it leaves out, and what it refuses."""
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data_prep import tokenization
 from data_prep.assembly import split_of
+from data_prep.preparation import prepare_all
 from data_prep.tokenization import tokenize
 from star_dist.config import PrepConfig, parse_config
 from star_dist.data.pictures import crop_and_resize, decode_picture, normalize, to_tensor
@@ -113,6 +117,22 @@ def test_text_features_are_those_of_the_encoder(tmp_path: Path, prep_values: dic
     hidden, pooled = decode_features(sample, "original", 16)
     assert np.abs(hidden - expected_hidden.numpy()).max() < 2e-3  # float16
     assert np.abs(pooled - expected_pooled.numpy()).max() < 2e-3
+
+
+def test_as_many_threads_decode_as_the_process_may_use_cpus(
+    tmp_path: Path, prep_values: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as many as the machine has: Slurm gives a job some of them."""
+    found = []
+
+    def recorded(*arguments: object) -> Iterator[object]:
+        found.append(arguments[-1])
+        return prepare_all(*arguments)
+
+    monkeypatch.setattr(tokenization, "prepare_all", recorded)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 5})
+    tokenize(parse_config(PrepConfig, prep_values | {"output": str(tmp_path / "set")}))
+    assert found == [3]
 
 
 def test_a_finished_output_is_reused_and_never_overwritten(tmp_path: Path, prep_values: dict) -> None:
