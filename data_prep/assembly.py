@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from streaming import MDSWriter
 from torch import Tensor
 from tqdm import tqdm
@@ -79,7 +79,7 @@ def assemble(
     journal.copy_rejects(own / REJECTS_FILE)
     if empty_caption is not None:
         hidden, pooled = (part.contiguous().cpu() for part in empty_caption)
-        save_file({"text_hidden": hidden, "text_pooled": pooled}, own / EMPTY_CAPTION_FILE)
+        (own / EMPTY_CAPTION_FILE).write_bytes(save({"text_hidden": hidden, "text_pooled": pooled}))
 
     content_folder, stored_files, local_files = _name_by_content(folder, partition)
     rejected, too_small = Counter(), Counter()

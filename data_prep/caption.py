@@ -17,17 +17,21 @@ def main() -> None:
     add_config_arguments(parser)
     parser.add_argument("--partition", default="0/1", metavar="i/N", help="do share i of N, counted from 0")
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one per CPU)")
     arguments = parser.parse_args()
 
     from data_prep.partition import Partition
     from star_dist.config import CaptionConfig, load_config
+    from star_dist.errors import UserError
 
     config = load_config(CaptionConfig, arguments.config, arguments.overrides)
     partition = Partition.parse(arguments.partition)
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {arguments.workers}")
 
     from data_prep.captioning import caption
 
-    caption(config, partition, arguments.device)
+    caption(config, partition, arguments.device, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ OUTPUT/UNIT.rejects    pictures that could not be read, with the reason; written
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
@@ -21,11 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep.captioner import Captioner
-from data_prep.job import JOB_FILE, WITHOUT_INFLUENCE, check_same_job, work_folder
-from data_prep.partition import Partition, exclusive
-from data_prep.preparation import Rejected, describe_item, read_item
+from data_prep.job import JOB_FILE, JOB_HASH_DIGITS, check_same_job, identity, source_hash
+from data_prep.partition import Partition
+from data_prep.preparation import Rejected, check_picture, read_item
 from data_prep.recaptions import caption_line
-from data_prep.sources import SourceBase, SourceItem, open_source
+from data_prep.sources import SourceBase, SourceItem, Unit, open_source, open_units
+from data_prep.work import named_if_full, unfinished_work, work_root
 from star_dist.config import CaptionConfig
 from star_dist.data.pictures import UnreadablePicture, decode_picture
 from star_dist.errors import UserError
@@ -46,24 +47,27 @@ def caption(
         UserError: a source, model or output that cannot be used, or another worker is at the same partition.
     """
     store = open_store(config.output, endpoint=config.storage.endpoint, region=config.storage.region)
-    work = work_folder(config.output, config.work) / partition.name
+    work_root(config.output, config.work)  # a mistake in it shows before the source is listed
     source = open_source(config.source, config.storage)
     units = partition.of(source.units)
-    _join_job(store, config, partition, len(source.units))
+    job_hash = _join_job(store, config, partition, source)
     counts = {"captioned": 0, "rejected": 0}
-    with exclusive(work, f"partition {partition}"):
-        work.mkdir(parents=True, exist_ok=True)
+    with unfinished_work(config.output, config.work, job_hash, partition) as work:
+        source.downloads = work
         groups = groupby(units, key=lambda unit: source.caption_file(unit, partition.name))
         missing = [(file, list(members)) for file, members in groups if not store.exists(file)]
         if missing:
             device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
-            job = _CaptionJob(config, source, Captioner(config, device), store, work, workers or os.cpu_count() or 1)
+            captioner = Captioner(config, device)
+            names = [unit for _, members in missing for unit in members]
+            opened = open_units(source, names)
             with tqdm(unit="picture", desc=f"caption {partition}", dynamic_ncols=True) as bar:
-                for number, (file, members) in enumerate(missing, start=1):
-                    captioned, rejected = job.run(file, members, bar, number / len(missing))
+                progress = _Progress(bar, len(names))
+                job = _CaptionJob(config, captioner, store, work, workers or len(os.sched_getaffinity(0)), progress)
+                for file, members in missing:
+                    captioned, rejected = job.run(file, islice(opened, len(members)))
                     counts["captioned"] += captioned
                     counts["rejected"] += rejected
-        shutil.rmtree(work)
     print(
         f"partition {partition} of {config.output} is complete: {counts['captioned']} captioned, "
         f"{counts['rejected']} rejected by this run"
@@ -71,14 +75,14 @@ def caption(
     return counts
 
 
-def _join_job(store: ObjectStore, config: CaptionConfig, partition: Partition, units: int) -> None:
-    """Begins a job at its output, or checks that it is this one.
+def _join_job(store: ObjectStore, config: CaptionConfig, partition: Partition, source: SourceBase) -> str:
+    """Begins a job at its output, or checks that it is this one; returns its identity.
 
     Raises:
         UserError: the output belongs to another job; names the first difference.
     """
-    influence = json.loads(config.model_dump_json(exclude=WITHOUT_INFLUENCE | {"batch"}))
-    job = influence | {"partitions": partition.count, "units": units}
+    job = {name: value for name, value in identity(config).items() if name != "batch"}
+    job |= {"partitions": partition.count, "units": len(source.units), "source_hash": source_hash(source)}
     if not store.exists(JOB_FILE):
         store.write(JOB_FILE, (json.dumps(job, indent=2) + "\n").encode())
     try:
@@ -86,6 +90,25 @@ def _join_job(store: ObjectStore, config: CaptionConfig, partition: Partition, u
     except ValueError as error:
         raise UserError(f"{store.url}/{JOB_FILE} is damaged: {error}") from None
     check_same_job(store, stored, job)
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:JOB_HASH_DIGITS]
+
+
+class _Progress:
+    """Pictures of this run; how many will come is estimated by the units that are open or done."""
+
+    def __init__(self, bar: tqdm, units: int) -> None:
+        self.bar, self.units = bar, units
+        self.opened_units = self.opened_items = self.done_before = 0
+
+    def items_of(self, units: Iterable[Unit], done_before: int) -> Iterator[SourceItem]:
+        """All items of units, without those that an earlier run has done."""
+        self.done_before += done_before
+        for unit in units:
+            self.opened_units += 1
+            self.opened_items += len(unit)
+            self.bar.total = round(self.opened_items * self.units / self.opened_units) - self.done_before
+            yield from islice(unit, done_before, None)
+            done_before = max(0, done_before - len(unit))
 
 
 class _CaptionJob:
@@ -94,24 +117,22 @@ class _CaptionJob:
     def __init__(
         self,
         config: CaptionConfig,
-        source: SourceBase,
         captioner: Captioner,
         store: ObjectStore,
         work: Path,
         workers: int,
+        progress: _Progress,
     ) -> None:
-        self.config, self.source, self.captioner, self.store = config, source, captioner, store
-        self.work, self.workers = work, workers
+        self.config, self.captioner, self.store = config, captioner, store
+        self.work, self.workers, self.progress = work, workers, progress
 
-    def run(self, file: str, units: Sequence[str], bar: tqdm, share: float) -> tuple[int, int]:
-        """Writes one file; returns pictures captioned and rejected by this run. share: of all files, this one done."""
+    def run(self, file: str, units: Iterable[Unit]) -> tuple[int, int]:
+        """Writes one file; returns pictures captioned and rejected by this run."""
         local = self.work / file.replace("/", "%")
         done = _whole_lines(local)
         counts = [0, 0]
-        before = bar.n
         with local.open("a", encoding="utf-8") as target:
-            items = (item for unit in units for item in self.source.open(unit))
-            ahead = self._read_ahead(islice(items, done, None))
+            ahead = self._read_ahead(self.progress.items_of(units, done))
             while batch := list(islice(ahead, self.config.batch)):
                 good = [picture for _, picture in batch if isinstance(picture, Image.Image)]
                 new = iter(self.captioner(good)) if good else iter(())
@@ -122,14 +143,15 @@ class _CaptionJob:
                         target.write(json.dumps({"key": item.key, "reason": picture}) + "\n")
                     counts[not isinstance(picture, Image.Image)] += 1
                 target.flush()
-                bar.update(len(batch))
-        bar.total = max(bar.n, round(before + (bar.n - before) / share))
-        lines = local.read_bytes().splitlines(keepends=True)  # bytes: text would be split at U+2028 and others too
+                self.progress.bar.update(len(batch))
+        with local.open("rb") as lines_of_bytes:  # text could be split at more than \n
+            lines = list(lines_of_bytes)
         rejects = [line for line in lines if "reason" in json.loads(line)]
-        if rejects:
-            self.store.write(file.removesuffix(".jsonl") + REJECTS_SUFFIX, b"".join(rejects))
         captions = [line for line in lines if "caption" in json.loads(line)]
-        self.store.write(file, b"".join(captions))
+        with named_if_full(self.store.url):
+            if rejects:
+                self.store.write(file.removesuffix(".jsonl") + REJECTS_SUFFIX, b"".join(rejects))
+            self.store.write(file, b"".join(captions))
         local.unlink()
         return counts[0], counts[1]
 
@@ -148,7 +170,7 @@ class _CaptionJob:
 
     def _picture(self, item: SourceItem) -> Image.Image | str:
         try:
-            describe_item(item)
+            check_picture(item)
             image = decode_picture(read_item(item))
         except (Rejected, UnreadablePicture) as error:
             return str(error)

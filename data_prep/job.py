@@ -13,23 +13,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from data_prep.partition import Partition
 from data_prep.sources import SourceBase
-from star_dist.config import PrepConfig, Section, TextSection
+from star_dist.config import CaptionConfig, PrepConfig, Section, TextSection
 from star_dist.data.schema import METADATA_FILE, SCHEMA_VERSION, token_dtype
 from star_dist.errors import UserError
-from star_dist.object_store import FolderStore, ObjectStore, is_s3, open_store
+from star_dist.object_store import FolderStore, ObjectStore, open_store
 from star_dist.run_folder import differences
 from star_dist.tokenizer.config import VQVAEConfig
 
 JOB_FILE = "job.json"
 PARTS_FOLDER = "parts"
 REJECTS_FILE = "rejects.jsonl"
+JOB_HASH_DIGITS = 16
 WITHOUT_INFLUENCE = {"output", "work", "storage"}  # settings that leave the result as it is
 
 
@@ -59,7 +59,7 @@ class JobDescription(Section):
     @property
     def hash(self) -> str:
         """Identity of the job, as 16 hexadecimal digits."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:JOB_HASH_DIGITS]
 
 
 class StoredFile(Section):
@@ -96,19 +96,6 @@ def output_store(config: PrepConfig) -> ObjectStore:
     return open_store(config.output, endpoint=config.storage.endpoint, region=config.storage.region)
 
 
-def work_folder(output: str, work: str | None) -> Path:
-    """Where unfinished work lies.
-
-    Raises:
-        UserError: the output is on S3 and no local folder is given.
-    """
-    if work is not None:
-        return Path(work)
-    if is_s3(output):
-        raise UserError(f"output {output} is on S3; set work to a local folder for what is not finished yet")
-    return Path(output.rstrip("/") + ".work")
-
-
 def splits_of(config: PrepConfig) -> tuple[str, ...]:
     return ("train", "val") if config.validation_fraction else ("train",)
 
@@ -117,22 +104,22 @@ def manifest_name(partition: Partition) -> str:
     return f"{PARTS_FOLDER}/{partition.name}.json"
 
 
-def identity(config: PrepConfig) -> dict[str, Any]:
-    """The config as far as it decides the result."""
-    return json.loads(config.model_dump_json(exclude=WITHOUT_INFLUENCE))
+def identity(config: PrepConfig | CaptionConfig) -> dict[str, Any]:
+    """The config as far as it decides the result of a partition that comes to its end."""
+    values = json.loads(config.model_dump_json(exclude=WITHOUT_INFLUENCE))
+    values["source"].pop("damaged_units", None)  # a unit that one value leaves out keeps the other from ending
+    return values
 
 
 def describe_job(
     config: PrepConfig, source: SourceBase, tokenizer: VQVAEConfig, tokenizer_hash: str, partitions: int
 ) -> JobDescription:
     """The description that all partitions of this job come to."""
-    # A file's name may be no Unicode, which Python holds as lone surrogates.
-    names = hashlib.sha256("\n".join(source.units).encode(errors="surrogatepass"))
     return JobDescription(
         config=identity(config),
         partitions=partitions,
         units=len(source.units),
-        source_hash=names.hexdigest()[:16],
+        source_hash=source_hash(source),
         dataset=DatasetFacts(
             tokenizer_hash=tokenizer_hash,
             vocab_size=tokenizer.vocab_size,
@@ -143,6 +130,13 @@ def describe_job(
             text_features=config.text_features,
         ),
     )
+
+
+def source_hash(source: SourceBase) -> str:
+    """Identity of the names of a source's units."""
+    # A file's name may be no Unicode, which Python holds as lone surrogates.
+    names = "\n".join(source.units).encode(errors="surrogatepass")
+    return hashlib.sha256(names).hexdigest()[:JOB_HASH_DIGITS]
 
 
 def read_job(store: ObjectStore) -> JobDescription | None:

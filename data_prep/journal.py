@@ -1,6 +1,5 @@
 """The unfinished work of one partition: chunks of tokenized pictures, so that a killed job loses at most one.
 
-JOURNAL/job                       hash of the job that the chunks are of
 JOURNAL/00000012/index.json, …    samples of one chunk with the tokens of all resolutions (MDS)
 JOURNAL/00000012/chunk.json       Chunk: where the next chunk starts in the source, and what was left out
 JOURNAL/00000012/rejects.jsonl
@@ -21,14 +20,13 @@ from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 
 from data_prep.job import REJECTS_FILE
+from data_prep.work import TEMPORARY
 from star_dist.config import Section
 from star_dist.data.schema import SHARD_HASH
 from star_dist.errors import UserError
-from star_dist.files import read_json_object, write_text_atomically
+from star_dist.files import read_json_object
 
 CHUNK_FILE = "chunk.json"
-OWNER_FILE = "job"
-TEMPORARY = "partial-"
 SHARD_BYTES = 2**28
 
 
@@ -45,16 +43,11 @@ class Chunk(Section):
 
 
 class Journal:
-    """Complete chunks of one partition's job, in order; chunks of another job are thrown away."""
+    """Complete chunks of one partition's job, in order, in the folder of its unfinished work."""
 
-    def __init__(self, folder: Path, job_hash: str, columns: dict[str, str]) -> None:
+    def __init__(self, folder: Path, columns: dict[str, str]) -> None:
         self.folder = folder
         self.columns = columns
-        owner = folder / OWNER_FILE
-        if folder.exists() and not (owner.is_file() and owner.read_text() == job_hash):
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(owner, job_hash)
         self.chunks: list[Chunk] = []
         while (path := self._path(len(self.chunks)) / CHUNK_FILE).is_file():
             self.chunks.append(Chunk(**read_json_object(path, "")))

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
 
 from star_dist.errors import UserError
 
@@ -59,38 +53,3 @@ class Partition:
                 f"folder, or tar or Parquet files); ask for at most {len(units)}"
             )
         return units[self.index :: self.count]
-
-
-@contextmanager
-def exclusive(folder: Path, what: str) -> Iterator[None]:
-    """Holds a lock beside a working folder; the kernel gives it back however the process ends.
-
-    Raises:
-        UserError: another process holds it, or it cannot be written.
-    """
-    path = folder.with_name(folder.name + ".lock")
-    with _locked(path, f"another worker is at {what} in {folder}; wait for it, or stop it"):
-        yield
-        path.unlink(missing_ok=True)
-
-
-def _locked(path: Path, refusal: str) -> IO[str]:
-    """An open lock file that this process holds, and that is still the one at the path."""
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = path.open("a")
-        except FileNotFoundError:
-            continue  # the folder was removed by a worker that had nothing left there
-        except OSError as error:
-            raise UserError(f"cannot write to {path.parent}: {error.strerror}; change work") from None
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.close()
-            raise UserError(refusal) from None
-        except OSError as error:
-            print(f"warning: {path} cannot be locked ({error.strerror}): start one worker at a time", file=sys.stderr)
-        if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
-            return lock
-        lock.close()  # whoever held it before has removed it

@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -98,13 +98,27 @@ def describe_item(item: SourceItem) -> Description:
             of the captions is missing or may not be read.
         UserError: the storage fails, so that nothing is known of the picture.
     """
-    if not _is_unicode(item.key) or "\0" in item.key:
-        raise Rejected("name is not Unicode text")
+    _check_name(item)
     with _file_faults(item.key, "caption file"):
         description = item.describe()
     if description.problem is not None:
         raise Rejected(description.problem)
     return description
+
+
+def check_picture(item: SourceItem) -> None:
+    """Finds out whether the source has a picture, for who captions it anew: its captions may be what they like.
+
+    Raises:
+        Rejected: it has none, or the name is no Unicode text.
+        UserError: the storage fails, so that nothing is known of the picture.
+    """
+    _check_name(item)
+    description = Description()
+    with suppress(Rejected), _file_faults(item.key, "caption file"):
+        description = item.describe()
+    if not description.has_picture:
+        raise Rejected(description.problem)
 
 
 def prepare_all(
@@ -132,6 +146,11 @@ def _file_faults(key: str, kind: str) -> Iterator[None]:
         if error.errno in FILE_FAULTS:
             raise Rejected(f"unreadable {kind}: {error.strerror}") from None
         raise UserError(f"cannot read {key}: {error.strerror or error}; run the same command again") from None
+
+
+def _check_name(item: SourceItem) -> None:
+    if not _is_unicode(item.key) or "\0" in item.key:
+        raise Rejected("name is not Unicode text")
 
 
 def _is_unicode(text: str) -> bool:

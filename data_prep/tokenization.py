@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,14 @@ from data_prep.job import (
     output_store,
     read_job,
     read_manifest,
-    work_folder,
 )
 from data_prep.journal import Chunk, Journal
 from data_prep.merging import merge
-from data_prep.partition import Partition, exclusive
+from data_prep.partition import Partition
 from data_prep.preparation import Prepared, prepare_all
-from data_prep.sources import SourceBase, SourceItem, open_source
+from data_prep.sources import SourceBase, SourceItem, open_source, open_units
 from data_prep.summary import Summary
+from data_prep.work import TEMPORARY, named_if_full, unfinished_work, work_root
 from star_dist.config import PrepConfig, ResolutionSection
 from star_dist.data.pictures import normalize
 from star_dist.data.schema import DatasetMetadata, columns, encode_captions, encode_tokens
@@ -66,13 +65,13 @@ def tokenize_partition(
     """Tokenizes one partition and prints a summary; None where the partition was complete already.
 
     Goes on after the last complete chunk of a job that was killed. `workers` threads decode pictures (default: one
-    per CPU); their number leaves the result as it is.
+    per CPU that this process may use); their number leaves the result as it is.
 
     Raises:
         UserError: a source, tokenizer or output that cannot be used, or another worker is at the same partition.
     """
     store = output_store(config)
-    work = work_folder(config.output, config.work)
+    work_root(config.output, config.work)  # a mistake in it shows before the models are loaded
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(Path(config.tokenizer))
     _check_resolutions(config, tokenizer.config.downsampling)
@@ -89,16 +88,13 @@ def tokenize_partition(
     units = partition.of(source.units)
     job = describe_job(config, source, tokenizer.config, hash_of_tokenizer, partition.count)
     join_job(store, job)
-    with exclusive(work / partition.name, f"partition {partition}"):
+    with unfinished_work(config.output, config.work, job.hash, partition) as work:
+        source.downloads = work
         if read_manifest(store, manifest_name(partition)) is not None:
-            shutil.rmtree(work / partition.name, ignore_errors=True)
             print(f"partition {partition} of {config.output} is complete, nothing to do")
             return None
-        worker = _Worker(config, partition, job, source, tokenizer.to(device), workers or os.cpu_count() or 1)
-        summary = worker.run(store, work / partition.name, units)
-    if config.work is None:
-        with suppress(OSError):  # other partitions are still at work
-            work.rmdir()
+        worker = _Worker(config, partition, job, source, tokenizer.to(device), workers or len(os.sched_getaffinity(0)))
+        summary = worker.run(store, work, units)
     print(summary)
     return summary
 
@@ -128,16 +124,15 @@ class _Worker:
         names = [f"tokens_{section.resolution}" for section in self.config.all_resolutions]
         plain = columns(self.source.caption_names, self.text_encoder is not None)
         del plain["tokens"]
-        journal = Journal(work, self.job.hash, plain | dict.fromkeys(names, "bytes"))
+        journal = Journal(work, plain | dict.fromkeys(names, "bytes"))
         resumed_at = journal.position.items
         self._fill(journal, units)
-        with tempfile.TemporaryDirectory(dir=work, prefix="assembled-") as folder:
+        with tempfile.TemporaryDirectory(dir=work, prefix=TEMPORARY) as folder:
             with self._timed("assemble"):
                 empty_caption = self.text_encoder([""])[0] if self.text_encoder else None
                 partition = assemble(journal, Path(folder), self.config, self.partition, self.job, empty_caption)
-            with self._timed("upload"):
+            with self._timed("upload"), named_if_full(store.url):
                 upload(partition, store, manifest_name(self.partition))
-        shutil.rmtree(work)
         return Summary.of(
             partition.manifest,
             items_now=journal.position.items - resumed_at,
@@ -258,8 +253,8 @@ class _Stream:
 
     def __iter__(self) -> Iterator[SourceItem]:
         offset = self.start.offset
-        for number in range(self.start.unit, len(self.units)):
-            unit = self.source.open(self.units[number])
+        opened = open_units(self.source, islice(self.units, self.start.unit, None))
+        for number, unit in enumerate(opened, start=self.start.unit):
             end = self.first_items[-1] + len(unit)
             self.first_items.append(end)
             self.bar.total = round(end * len(self.units) / (number + 1))

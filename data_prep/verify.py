@@ -32,7 +32,7 @@ def main() -> None:
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers must be at least 1, got {arguments.workers}")
     storage = StorageSection(endpoint=arguments.endpoint, region=arguments.region)
-    reports = verify(arguments.output, storage, arguments.workers or os.cpu_count() or 1)
+    reports = verify(arguments.output, storage, arguments.workers or len(os.sched_getaffinity(0)))
     if arguments.json:
         print(json.dumps([report.as_json() for report in reports], indent=2))
     else:

@@ -1,7 +1,8 @@
 """Sources of captioned pictures: one module per kind, which `{"kind": NAME, …}` in a config names.
 
 A source is a sorted list of units (pictures of a folder, tars, Parquet files), which partitions of a job share out,
-and gives the items of one unit at a time. A new kind is one new module here with a class `Source(SourceBase)`.
+and gives the items of one unit at a time. A new kind is one new module here with a class `Source(SourceBase)`, or
+`Source(FileSource)` where units are files of many pictures.
 """
 
 from __future__ import annotations
@@ -11,15 +12,22 @@ import importlib
 import json
 import math
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
+from tqdm import tqdm
 
+from data_prep.recaptions import read_unit_captions
+from data_prep.work import FULL_DISK, TEMPORARY
 from star_dist.config import Section, StorageSection, parse_config
 from star_dist.errors import UserError
-from star_dist.object_store import ObjectStore, open_store
+from star_dist.object_store import FolderStore, ObjectStore, open_store
 
 CaptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -37,16 +45,28 @@ class SourceOptions(Section):
     recaptions: dict[CaptionName, str] = {}
 
 
+class FileOptions(SourceOptions):
+    """What the kinds take whose units are files of many pictures.
+
+    damaged_units: whether a file that is not whole stops the job, or is left out, counted and listed as one picture
+    would be. It decides nothing else of the result, so a job that has stopped may go on with the other value.
+    """
+
+    damaged_units: Literal["stop", "skip"] = "stop"
+
+
 @dataclass(frozen=True)
 class Description:
     """What a source says of a picture. captions: by name; absent ones are left out. scores: of the asked-for columns.
 
     problem: why the item cannot be used, where the source has found that already; counted as a reason of rejection.
+    has_picture: False where the problem is that there is no picture, or not one alone; otherwise it is the captions'.
     """
 
     captions: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     problem: str | None = None
+    has_picture: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,14 +123,24 @@ class DamagedFields(ValueError):
     """What stands beside a picture cannot be read: that picture's fault, not the job's. The message is the reason."""
 
 
+class DamagedUnit(UserError):
+    """A unit that is not whole; `reason` is what its pictures are counted under where they are left out."""
+
+    def __init__(self, place: str, reason: str, details: str) -> None:
+        super().__init__(f"{place} {details}; fetch it again, or go on without it by source.damaged_units=skip")
+        self.reason = reason
+
+
 class SourceBase:
     """What all kinds share. A kind is a subclass `Source` with its own `Options`, `units` and `open`.
 
-    units: names of the units, sorted. score_names: score columns that the job filters by.
+    units: names of the units, sorted. score_names: score columns that the job filters by. downloads: a local folder for
+    copies of units while they are open; null is the system's temporary one.
     """
 
     Options: type[SourceOptions] = SourceOptions
     units: Sequence[str]
+    downloads: Path | None = None
 
     def __init__(self, options: SourceOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
         self.options = options
@@ -150,20 +180,84 @@ class SourceBase:
                 scores[name] = float(fields[name]) if name in fields else math.nan
         return Description(captions, {name: score for name, score in scores.items() if not math.isnan(score)})
 
-    def units_ending(self, suffix: str) -> list[str]:
-        """Names of the store's objects of one kind, sorted.
-
-        Raises:
-            UserError: there are none.
-        """
-        units = sorted(entry.name for entry in self.store.list() if entry.name.endswith(suffix))
-        if not units:
-            raise UserError(f"no {suffix} files at {self.options.path}; change source.path")
-        return units
-
     def recaption_stores(self) -> dict[str, ObjectStore]:
         """Where each re-captioning's files are, by the name of the caption."""
         return {name: self._open_store(url) for name, url in self.options.recaptions.items()}
+
+
+class FileSource(SourceBase):
+    """What the kinds share whose units are files of many pictures. A kind has its `suffix` and `open_file`.
+
+    Raises:
+        UserError: there are no such files.
+    """
+
+    Options = FileOptions
+    suffix: str
+
+    def __init__(self, options: FileOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
+        super().__init__(options, storage, score_names)
+        self.units = sorted(entry.name for entry in self.store.list() if entry.name.endswith(self.suffix))
+        if not self.units:
+            raise UserError(f"no {self.suffix} files at {options.path}; change source.path")
+        self._recaption_stores = self.recaption_stores()
+
+    def open(self, unit: str) -> Unit:
+        recaptions = read_unit_captions(self._recaption_stores, self.caption_file(unit, ""))
+        try:
+            return self.open_file(unit, recaptions)
+        except DamagedUnit as error:
+            return list(self.without_damaged(error, [unit]))
+
+    def open_file(self, unit: str, recaptions: Mapping[str, Mapping[str, str]]) -> Unit:
+        """The items of a file; recaptions: by name, then by key.
+
+        Raises:
+            UserError: the file cannot be read; DamagedUnit where the fault is in its content.
+        """
+        raise NotImplementedError
+
+    def without_damaged(self, error: DamagedUnit, keys: Iterable[str]) -> Iterator[SourceItem]:
+        """Items that stand for what a damaged unit leaves out; raises the error where the job is to stop."""
+        if self.options.damaged_units == "stop":
+            raise error
+        tqdm.write(f"warning: {error} (left out)", file=sys.stderr)
+        description = Description(problem=error.reason, has_picture=False)
+        return (SourceItem(key, lambda: description, bytes) for key in keys)
+
+    @contextlib.contextmanager
+    def local_copy(self, unit: str) -> Iterator[Path]:
+        """A unit's file on this machine. A copy is gone afterwards, but whoever has opened it may go on reading."""
+        try:
+            if isinstance(self.store, FolderStore):
+                yield self.store.path / unit
+            else:
+                with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.downloads) as folder:
+                    self.store.download(unit, Path(folder) / "unit")
+                    yield Path(folder) / "unit"
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                raise
+            place = f"{self.options.path}/{unit}"
+            raise UserError(f"cannot read {place}: {error.strerror or error}; run the same command again") from None
+
+
+def open_units(source: SourceBase, names: Iterable[str]) -> Iterator[Unit]:
+    """Opens units in their order, always the next one while one is in use: its copy from S3 comes meanwhile.
+
+    Raises:
+        UserError: a unit that cannot be read, when its turn has come.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="open")
+    try:
+        opening = (pool.submit(source.open, name) for name in names)
+        following = next(opening, None)
+        while following is not None:
+            unit = following.result()
+            following = next(opening, None)
+            yield unit
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def open_source(

@@ -6,29 +6,26 @@ S3 are copied to a temporary file first. A picture's key is the value of `key_co
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.recaptions import read_unit_captions
-from data_prep.sources import Description, SourceBase, SourceItem, SourceOptions
+from data_prep.sources import DamagedUnit, Description, FileOptions, FileSource, SourceItem
 from star_dist.config import StorageSection
 from star_dist.errors import UserError
-from star_dist.object_store import FolderStore
 
 ROWS_AT_ONCE = 64  # pictures held in memory
 
 
-class ParquetOptions(SourceOptions):
+class ParquetOptions(FileOptions):
     """image_column: the pictures. key_column: a column that is unique in the whole source; null counts rows."""
 
     image_column: str = "image"
     key_column: str | None = None
 
 
-class Source(SourceBase):
+class Source(FileSource):
     """All .parquet files under a folder or prefix; see the module.
 
     Raises:
@@ -36,25 +33,24 @@ class Source(SourceBase):
     """
 
     Options = ParquetOptions
+    suffix = ".parquet"
 
     def __init__(self, options: ParquetOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
-        super().__init__(options, storage, score_names)
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError:
             raise UserError("pyarrow is not installed, which Parquet needs: pip install -e '.[prep]'") from None
-        self.units = self.units_ending(".parquet")
-        self._recaption_stores = self.recaption_stores()
+        super().__init__(options, storage, score_names)
 
-    def open(self, unit: str) -> _ParquetFile:
-        recaptions = read_unit_captions(self._recaption_stores, self.caption_file(unit, ""))
-        return _ParquetFile(self, unit, recaptions)
+    def open_file(self, unit: str, recaptions: Mapping[str, Mapping[str, str]]) -> _ParquetFile:
+        with self.local_copy(unit) as path:
+            return _ParquetFile(self, unit, path, recaptions)
 
 
 class _ParquetFile:
     """Rows of one file, read a few at a time."""
 
-    def __init__(self, source: Source, unit: str, recaptions: Mapping[str, Mapping[str, str]]) -> None:
+    def __init__(self, source: Source, unit: str, path: Path, recaptions: Mapping[str, Mapping[str, str]]) -> None:
         import pyarrow
         import pyarrow.parquet
 
@@ -62,15 +58,9 @@ class _ParquetFile:
         options = source.options
         self.place = place = f"{options.path}/{unit}"
         try:
-            if isinstance(source.store, FolderStore):
-                self.file = pyarrow.parquet.ParquetFile(source.store.path / unit)
-            else:
-                with tempfile.TemporaryDirectory(prefix="star-dist-parquet-") as folder:
-                    source.store.download(unit, Path(folder) / "file")
-                    # The open file outlives the folder; the system frees it when nobody holds it.
-                    self.file = pyarrow.parquet.ParquetFile(pyarrow.OSFile(str(Path(folder) / "file")))
+            self.file = pyarrow.parquet.ParquetFile(pyarrow.OSFile(str(path)))
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{place} is no whole Parquet file ({error}); fetch it again, or remove it") from None
+            raise self._damage("is no whole Parquet file", error) from None
         wanted = [options.image_column, *options.captions.values(), *source.score_names]
         self.columns = list(dict.fromkeys(wanted + ([options.key_column] if options.key_column else [])))
         present = self.file.schema_arrow.names
@@ -92,24 +82,38 @@ class _ParquetFile:
 
     def __iter__(self) -> Iterator[SourceItem]:
         key_column = self.source.options.key_column
-        for row, fields in enumerate(self._rows()):
-            key = f"{self.unit}/{row:08}" if key_column is None else str(fields[key_column])
-            picture = fields.pop(self.source.options.image_column)
-            yield SourceItem(key, partial(self._describe, key, picture, fields), partial(self._read, picture))
+        row = 0
+        try:
+            for fields in self._rows():
+                key = self._row_key(row) if key_column is None else str(fields[key_column])
+                picture = fields.pop(self.source.options.image_column)
+                yield SourceItem(key, partial(self._describe, key, picture, fields), partial(self._read, picture))
+                row += 1
+        except DamagedUnit as error:
+            yield from self.source.without_damaged(error, map(self._row_key, range(row, len(self))))
+
+    def _row_key(self, row: int) -> str:
+        return f"{self.unit}/{row:08}"
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        """Raises UserError for pages that are damaged."""
+        """Raises DamagedUnit at pages that are damaged."""
         import pyarrow
 
         try:
-            for batch in self.file.iter_batches(batch_size=ROWS_AT_ONCE, columns=self.columns):
-                try:
-                    yield from batch.to_pylist()
-                except UnicodeDecodeError:  # pyarrow does not check text when it reads
-                    yield from (self._row(batch, i) for i in range(batch.num_rows))
+            for group in range(self.file.num_row_groups):  # one by one: damage in one leaves those before it alone
+                for batch in self.file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=self.columns):
+                    try:
+                        yield from batch.to_pylist()
+                    except UnicodeDecodeError:  # pyarrow does not check text when it reads
+                        yield from (self._row(batch, i) for i in range(batch.num_rows))
         except (pyarrow.ArrowException, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.place} is damaged ({reason}); fetch it again, or remove it") from None
+            raise self._damage("is damaged", error) from None
+
+    def _damage(self, found: str, error: Exception) -> UserError:
+        """What an error of the library means: a fault of the content, or of the storage, which has a number."""
+        if isinstance(error, OSError) and error.errno is not None:
+            return UserError(f"cannot read {self.place}: {error.strerror}; run the same command again")
+        return DamagedUnit(self.place, "damaged Parquet file", f"{found} ({str(error).strip().splitlines()[0]})")
 
     @staticmethod
     def _row(batch: Any, row: int) -> dict[str, Any]:
@@ -130,7 +134,7 @@ class _ParquetFile:
 
     def _describe(self, key: str, picture: Any, fields: dict[str, Any]) -> Description:
         if picture is None or (isinstance(picture, dict) and not (picture.get("bytes") or picture.get("path"))):
-            return Description(problem="no picture in the row")
+            return Description(problem="no picture in the row", has_picture=False)
         recaptions = {name: texts[key] for name, texts in self.recaptions.items() if key in texts}
         return self.source.description(fields, recaptions)
 

@@ -8,53 +8,33 @@ from __future__ import annotations
 
 import os
 import tarfile
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.recaptions import read_unit_captions
 from data_prep.sources import (
     DamagedFields,
+    DamagedUnit,
     Description,
-    SourceBase,
+    FileSource,
     SourceItem,
-    SourceOptions,
     parse_fields,
     parse_text,
 )
-from star_dist.config import StorageSection
 from star_dist.data.pictures import PICTURE_SUFFIXES
-from star_dist.errors import UserError
-from star_dist.object_store import FolderStore
 
 BLOCK_BYTES = 512
+DAMAGED = "damaged tar"
 
 
-class Source(SourceBase):
-    """All .tar files under a folder or prefix; see the module.
+class Source(FileSource):
+    """All .tar files under a folder or prefix; see the module. One without any member is whole, and has no items."""
 
-    Raises:
-        UserError: there are none, or (from `open`) a tar that is cut short or holds no picture.
-    """
+    suffix = ".tar"
 
-    def __init__(self, options: SourceOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
-        super().__init__(options, storage, score_names)
-        self.units = self.units_ending(".tar")
-        self._recaption_stores = self.recaption_stores()
-
-    def open(self, unit: str) -> _Tar:
-        recaptions = read_unit_captions(self._recaption_stores, self.caption_file(unit, ""))
-        return _Tar(self, unit, self._open_file(unit), recaptions)
-
-    def _open_file(self, unit: str) -> BinaryIO:
-        if isinstance(self.store, FolderStore):
-            return (self.store.path / unit).open("rb")
-        with tempfile.TemporaryDirectory(prefix="star-dist-tar-") as folder:
-            path = Path(folder) / "tar"
-            self.store.download(unit, path)
-            return path.open("rb")  # outlives the folder; the system frees it when nobody holds it
+    def open_file(self, unit: str, recaptions: Mapping[str, Mapping[str, str]]) -> _Tar:
+        with self.local_copy(unit) as path:
+            return _Tar(self, unit, path.open("rb"), recaptions)
 
 
 class _Tar:
@@ -73,8 +53,8 @@ class _Tar:
             if f".{suffix.lower()}" in sample:
                 self.repeated.add(key)
             sample[f".{suffix.lower()}"] = member
-        if not any(PICTURE_SUFFIXES & sample.keys() for sample in self.samples.values()):
-            raise UserError(f"{self.place} holds {len(self.samples)} samples but no picture; change source.path")
+        if self.samples and not any(PICTURE_SUFFIXES & sample.keys() for sample in self.samples.values()):
+            raise DamagedUnit(self.place, "tar without a picture", f"holds {len(self.samples)} samples but no picture")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -84,15 +64,15 @@ class _Tar:
             yield SourceItem(f"{self.unit}/{key}", partial(self._describe, key), partial(self._read_picture, key))
 
     def _members(self) -> list[tarfile.TarInfo]:
-        """Raises UserError for a tar that ends too early, which the library takes for its end in some places."""
+        """Raises DamagedUnit for a tar that ends too early, which the library takes for its end in some places."""
         try:
             with tarfile.open(fileobj=self.file, mode="r:") as tar:
                 members = tar.getmembers()
                 end = tar.offset
-        except tarfile.TarError as error:
-            raise UserError(f"{self.place} is no whole tar ({error}); fetch it again, or remove it") from None
+        except (tarfile.TarError, ValueError) as error:  # ValueError: of extended headers
+            raise DamagedUnit(self.place, DAMAGED, f"is no whole tar ({error})") from None
         if os.pread(self.file.fileno(), BLOCK_BYTES, end) != bytes(BLOCK_BYTES):
-            raise UserError(f"{self.place} is cut short or damaged at byte {end}; fetch it again, or remove it")
+            raise DamagedUnit(self.place, DAMAGED, f"is cut short or damaged at byte {end}")
         return [member for member in members if member.isfile()]
 
     def _read(self, member: tarfile.TarInfo) -> bytes:
@@ -104,9 +84,9 @@ class _Tar:
     def _describe(self, key: str) -> Description:
         sample = self.samples[key]
         if key in self.repeated:
-            return Description(problem="key twice in a tar")
+            return Description(problem="key twice in a tar", has_picture=False)
         if not PICTURE_SUFFIXES & sample.keys():
-            return Description(problem="no picture in the sample")
+            return Description(problem="no picture in the sample", has_picture=False)
         fields = {}
         try:
             if ".json" in sample:

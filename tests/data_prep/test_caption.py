@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +16,7 @@ from PIL import Image
 from data_prep.captioner import Captioner
 from data_prep.captioning import caption
 from data_prep.partition import Partition
+from data_prep.sources import open_source
 from data_prep.tokenization import tokenize
 from star_dist.config import CaptionConfig, PrepConfig, parse_config
 from star_dist.data.schema import decode_captions, read_metadata
@@ -96,9 +100,10 @@ def test_new_captions_are_found_by_tokenization(values: dict[str, Any], prep_val
 
 
 def test_a_job_that_ends_in_the_middle_goes_on_where_it_was(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caption(make_config(values, output=str(tmp_path / "clean")), Partition())
+    assert "/60 [" in capsys.readouterr().err  # the bar knows how many will come
     calls: list[int] = []
     original = Captioner.__call__
 
@@ -111,12 +116,39 @@ def test_a_job_that_ends_in_the_middle_goes_on_where_it_was(
     monkeypatch.setattr(Captioner, "__call__", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         caption(make_config(values), Partition())
-    (begun,) = (tmp_path / "new.work" / "00000-of-00001").iterdir()
+    (begun,) = (tmp_path / "new.work").rglob("*.jsonl")
     begun.write_bytes(begun.read_bytes()[:-5])  # as a kill in the middle of a line leaves it
     assert not (tmp_path / "new" / "00000-of-00001.jsonl").exists()
     assert caption(make_config(values), Partition()) == {"captioned": 60 - 23, "rejected": 0}
+    assert "37/37 [" in capsys.readouterr().err
     new, clean = (tmp_path / name / "00000-of-00001.jsonl" for name in ("new", "clean"))
     assert new.read_bytes() == clean.read_bytes()
+
+
+def test_jobs_that_share_a_working_folder_go_on_with_their_own_lines(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same source and working folder, another model's settings and output: as after a change of the config."""
+
+    def job(name: str, tokens: int) -> CaptionConfig:
+        return make_config(values, output=str(tmp_path / name), work=str(tmp_path / "work"), max_new_tokens=tokens)
+
+    def dies(self: Captioner, pictures: list[Image.Image]) -> list[str]:
+        if calls.pop() == "die":
+            raise KeyboardInterrupt
+        return [f"by {self.config.max_new_tokens}"] * len(pictures)
+
+    monkeypatch.setattr(Captioner, "__call__", dies)
+    for name, tokens in (("old", 6), ("new", 7)):
+        calls = ["die", "say"]
+        with pytest.raises(KeyboardInterrupt):
+            caption(job(name, tokens), Partition())
+    for name, tokens in (("new", 7), ("old", 6)):
+        calls = ["say"] * 10
+        assert caption(job(name, tokens), Partition()) == {"captioned": 60 - 8, "rejected": 0}
+        lines = (tmp_path / name / "00000-of-00001.jsonl").read_text().splitlines()
+        assert [json.loads(line)["caption"] for line in lines] == [f"by {tokens}"] * 60
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_tars_on_s3_and_pictures_that_cannot_be_read(
@@ -140,6 +172,65 @@ def test_tars_on_s3_and_pictures_that_cannot_be_read(
         {"key": "0.tar/b", "reason": "truncated picture"},
         {"key": "0.tar/d", "reason": "no picture in the sample"},
     ]
+
+
+def folder_beside(folder: Path, picture: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    for name in ("bare", "bad_text", "bad_json", "good"):
+        (folder / f"{name}.png").write_bytes(picture)
+    (folder / "bad_text.txt").write_bytes(b"\xff")
+    (folder / "bad_json.json").write_text("[")
+    (folder / "good.txt").write_text("good")
+    (folder / "empty.png").touch()
+    return {"kind": "folder"}, {"empty.png": "empty file"}
+
+
+def folder_listing(folder: Path, picture: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    for name in ("twice", "bare", "good"):
+        (folder / f"{name}.png").write_bytes(picture)
+    lines = [{"file": "good.png", "caption": "good"}, {"file": "bare.png"}, {"file": "gone.png", "caption": "gone"}]
+    lines += [{"file": "twice.png", "caption": text} for text in "ab"] + [{"file": "\ud800.png", "caption": "half"}]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reasons = {"gone.png": "unreadable file: No such file or directory", "\ud800.png": "name is not Unicode text"}
+    return {"kind": "folder"}, reasons
+
+
+def tar_of_odd_samples(folder: Path, picture: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    good = {"bare.png": picture, "bad.png": picture, "bad.txt": b"\xff", "bad2.png": picture, "bad2.json": b"["}
+    write_tar(folder / "0.tar", good | {"twice.png": picture, "twice.PNG": picture, "none.txt": b"no picture"})
+    return {"kind": "webdataset"}, {"0.tar/none": "no picture in the sample", "0.tar/twice": "key twice in a tar"}
+
+
+def parquet_of_odd_rows(folder: Path, picture: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    rows = [{"bytes": data, "path": path} for data, path in ((picture, None), (None, None), (None, "gone.png"))]
+    table = pyarrow.table({"image": [*rows, None, rows[0]], "caption": [None, "a", "b", "c", "d"]})
+    pyarrow.parquet.write_table(table, folder / "0.parquet")
+    reasons = dict.fromkeys((1, 3), "no picture in the row") | {2: "unreadable file: No such file or directory"}
+    return {"kind": "parquet"}, {f"0.parquet/{row:08}": reasons[row] for row in sorted(reasons)}
+
+
+@pytest.mark.parametrize("write", [folder_beside, folder_listing, tar_of_odd_samples, parquet_of_odd_rows])
+def test_a_picture_needs_no_good_caption_to_get_a_new_one(
+    write: Callable[[Path, bytes], tuple[dict[str, Any], dict[str, str]]],
+    values: dict[str, Any],
+    tmp_path: Path,
+    pictures_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is wrong with the picture or its name rejects it, in every kind of source, and never ends the job."""
+    monkeypatch.setattr(Captioner, "__call__", lambda self, pictures: ["new"] * len(pictures))
+    (tmp_path / "source").mkdir()
+    source, rejected = write(tmp_path / "source", (pictures_folder / "000.png").read_bytes())
+    source["path"] = str(tmp_path / "source")
+    keys = [item.key for unit in open_source(source).units for item in open_source(source).open(unit)]
+    good = [key for key in keys if key not in rejected]
+    assert caption(make_config(values, source=source), Partition()) == {
+        "captioned": len(good),
+        "rejected": len(rejected),
+    }
+    (lines,) = (path.read_text().splitlines() for path in (tmp_path / "new").glob("0*.jsonl"))
+    assert [json.loads(line) for line in lines] == [{"key": key, "caption": "new"} for key in good]
+    (lines,) = (path.read_text().splitlines() for path in (tmp_path / "new").glob("0*.rejects"))
+    assert {reject["key"]: reject["reason"] for reject in map(json.loads, lines)} == rejected
 
 
 def test_captions_may_hold_any_character(

@@ -8,8 +8,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.job import Manifest, read_manifest
+from data_prep import tokenization
+from data_prep.job import Manifest, read_job, read_manifest
+from data_prep.journal import Chunk, Journal
 from data_prep.merging import merge
-from data_prep.partition import Partition, exclusive
+from data_prep.partition import Partition
 from data_prep.tokenization import tokenize, tokenize_partition
+from data_prep.work import unfinished_work
 from star_dist.config import PrepConfig, parse_config
 from star_dist.data.schema import decode_captions, decode_tokens, read_metadata
 from star_dist.errors import UserError
@@ -173,19 +177,20 @@ def test_partitions_are_done_once_and_share_all_pictures(
 
 def test_a_second_worker_on_a_partition_is_refused(many_pictures: dict[str, Any], tmp_path: Path) -> None:
     config = make_config(many_pictures, tmp_path / "set")
+    tokenize_partition(config, Partition(1, 2))
+    job_hash = read_job(open_store(config.output)).hash
 
     def hold() -> None:
-        with exclusive(tmp_path / "set.work" / "00000-of-00002", "partition 0/2"):
+        with unfinished_work(config.output, None, job_hash, Partition(0, 2)) as folder:
+            (folder / "held").touch()
             time.sleep(60)
 
     process = in_fork(hold)
     try:
-        while not (tmp_path / "set.work" / "00000-of-00002.lock").exists():
+        while not list((tmp_path / "set.work").rglob("held")):
             time.sleep(0.01)
-        time.sleep(0.1)
         with pytest.raises(UserError, match=r"another worker is at partition 0/2 in .*; wait for it, or stop it"):
             tokenize_partition(config, Partition(0, 2))
-        tokenize_partition(config, Partition(1, 2))
     finally:
         process.kill()
         process.join()
@@ -265,13 +270,69 @@ def test_other_jobs_at_an_output_are_refused(many_pictures: dict[str, Any], tmp_
         tokenize(make_config(values, tmp_path / "old"))
 
 
-def test_unfinished_work_of_another_job_is_not_taken_over(many_pictures: dict[str, Any], tmp_path: Path) -> None:
-    from data_prep.journal import Chunk, Journal
+def test_unfinished_work_of_another_job_is_neither_taken_over_nor_lost(
+    prep_values: dict[str, Any], tmp_path: Path
+) -> None:
+    class Killed(Exception):
+        pass
 
-    work = tmp_path / "work" / "00000-of-00001"
-    Journal(work, "another job", {"key": "str"}).append(Chunk(items=1, last=True), [{"key": "x"}], [])
-    tokenize(make_config(many_pictures, tmp_path / "set", work=str(tmp_path / "work")))
-    assert "x" not in samples(tmp_path / "set", "train") and not work.exists()
+    with pytest.raises(Killed), unfinished_work("unused", str(tmp_path / "work"), "another job", Partition()) as work:
+        Journal(work, {"key": "str"}).append(Chunk(items=1, last=True), [{"key": "x"}], [])
+        raise Killed
+    before = contents(tmp_path / "work")
+    tokenize(make_config(prep_values, tmp_path / "set", work=str(tmp_path / "work")))
+    assert "x" not in samples(tmp_path / "set", "train") and contents(tmp_path / "work") == before
+
+
+def test_what_kills_have_left_goes_at_the_next_start(prep_values: dict[str, Any], tmp_path: Path) -> None:
+    """Shards that were assembled and a chunk that was begun: on a job's last metres, tens of gigabytes."""
+    config = make_config(prep_values, tmp_path / "set", chunk=32)
+
+    def dies_in_the_upload() -> None:
+        tokenization.upload = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        tokenize(config)
+
+    in_fork(dies_in_the_upload).join()
+    (leftover,) = (tmp_path / "set.work").rglob("partial-*")
+    assert list(leftover.rglob("*.mds"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def look(*_: Any) -> None:
+            assert not leftover.exists() and len(list((tmp_path / "set.work").rglob("chunk.json"))) == 2
+            raise KeyboardInterrupt
+
+        patch.setattr(tokenization, "assemble", look)
+        tokenize(config)
+    tokenize(config)
+    assert not (tmp_path / "set.work").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 32 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", disk], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("full", ["work", "output"])
+def test_a_full_disk_is_named_and_the_same_command_goes_on(
+    many_pictures: dict[str, Any], tmp_path: Path, small_disk: Path, full: str
+) -> None:
+    places = {"work": tmp_path / "work", "output": tmp_path / "set"}
+    places[full].symlink_to(small_disk)
+    config = make_config(many_pictures, places["output"], work=str(places["work"]))
+    with pytest.raises(
+        UserError, match=rf"cannot write to {places[full]}.*: No space left.*run the same command again"
+    ):
+        tokenize_partition(config, Partition(), workers=1)
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    tokenize(config)
+    tokenize(make_config(many_pictures, tmp_path / "clean"))
+    assert contents(places["output"]) == contents(tmp_path / "clean")
 
 
 @pytest.mark.parametrize("text", ["3", "1/2/3", "-1/2", "2/2", "0/0", "a/b"])

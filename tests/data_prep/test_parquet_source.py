@@ -87,6 +87,27 @@ def test_text_that_is_no_text_is_its_rows_fault_alone(tmp_path: Path, prep_value
     ]
 
 
+def test_rows_from_the_damage_on_are_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "data" / "train-0.parquet"
+    pictures = pyarrow.parquet.ParquetFile(file).metadata.row_group(1).column(0)
+    data = bytearray(file.read_bytes())
+    start, size = pictures.dictionary_page_offset, pictures.total_compressed_size
+    data[start : start + size] = b"\xff" * size
+    file.write_bytes(data)
+    options = {"kind": "parquet", "path": str(folder), "captions": {"original": "text"}}
+    with pytest.raises(UserError, match=r"train-0\.parquet is damaged .*source\.damaged_units=skip"):
+        list(open_source(options).open("data/train-0.parquet"))
+    source = open_source(options | {"damaged_units": "skip"})
+    for _ in range(2):
+        items = list(source.open("data/train-0.parquet"))
+        assert [item.key for item in items] == [f"data/train-0.parquet/{row:08}" for row in range(5)]
+        assert [item.describe().problem for item in items] == [None] * 2 + ["damaged Parquet file"] * 3
+    assert "warning:" in capsys.readouterr().err
+    file.write_bytes(data[:-30])
+    (item,) = open_source(options | {"damaged_units": "skip"}).open("data/train-0.parquet")
+    assert (item.key, item.describe().problem) == ("data/train-0.parquet", "damaged Parquet file")
+
+
 def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no column 'caption', 'score'; it has \['image', 'text'"):
         open_source({"kind": "parquet", "path": str(folder)}, score_names=("score",)).open("data/train-0.parquet")

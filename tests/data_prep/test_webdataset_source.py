@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from data_prep.recaptions import caption_line
-from data_prep.sources import SourceBase, open_source
+from data_prep.sources import SourceBase, open_source, open_units
 from star_dist.errors import UserError
+from tests.s3 import S3Bucket
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -82,6 +84,27 @@ def test_a_key_that_comes_twice_is_rejected(tmp_path: Path) -> None:
     assert described(source) == {"a.tar/x": ({}, {}, "key twice in a tar")}
 
 
+def test_the_next_tar_is_fetched_while_one_is_in_use(tmp_path: Path, s3: S3Bucket) -> None:
+    for i in range(4):
+        write_tar(tmp_path / f"{i}.tar", sample(str(i), "x"))
+    s3.upload(tmp_path, "tars/")
+    source = open_source({"kind": "webdataset", "path": f"{s3.url}/tars"})
+    fetched = [threading.Event() for _ in range(4)]
+    download = source.store.download
+
+    def counted(name: str, path: Path) -> None:
+        download(name, path)
+        fetched[int(name[0])].set()
+
+    source.store.download = counted
+    for number, unit in enumerate(open_units(source, source.units)):
+        assert [item.key for item in unit] == [f"{number}.tar/{number}"]
+        assert all(event.wait(60) for event in fetched[: number + 2])
+        assert not any(event.is_set() for event in fetched[number + 2 :])
+    with pytest.raises(UserError, match=r"cannot read .*gone\.tar: No such file"):
+        list(open_units(source, ["0.tar", "gone.tar"]))
+
+
 def test_new_captions_of_a_tar_lie_in_a_file_of_its_name(tars: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     new.mkdir()
@@ -102,6 +125,15 @@ def test_tars_that_end_too_early_are_refused_wherever_they_end(tmp_path: Path, c
     source = open_source({"kind": "webdataset", "path": str(tmp_path)})
     with pytest.raises(UserError, match=r"a\.tar is (no whole tar|cut short or damaged at byte \d+).*fetch it again"):
         source.open("a.tar")
+    source = open_source({"kind": "webdataset", "path": str(tmp_path), "damaged_units": "skip"})
+    assert described(source) == {"a.tar": ({}, {}, "damaged tar")}
+    assert len(source.open("a.tar")) == 1
+
+
+def test_a_tar_without_members_has_no_items(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {})
+    unit = open_source({"kind": "webdataset", "path": str(tmp_path)}).open("a.tar")
+    assert len(unit) == 0 and not list(unit)
 
 
 def test_folders_and_tars_without_pictures_are_refused(tmp_path: Path) -> None:
