@@ -125,6 +125,7 @@ class CaptionedTokens(StreamingDataset):
         if future.exception() is not None:
             self.failure = future.exception()
             self._event.set()
+            self._iterator.on_exit()  # a thread that dies does not count itself, and the epoch's end waits for two
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Brings a shard into the cache. Background threads call it with blocking=False, readers without.
