@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,8 @@ from tqdm import tqdm
 
 from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
-from star_dist.model import blocks
 from star_dist.model.attention import PackedAttention
+from star_dist.model.block_functions import BlockFunctions, compiled_functions
 from star_dist.model.config import StarConfig
 from star_dist.model.flops import training_flops
 from star_dist.model.initialization import initialize_weights
@@ -62,8 +61,23 @@ class Case:
     recompute: Recompute
 
 
+def eager_rotate_and_normalize(x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None) -> Tensor:
+    """What `rotate_and_normalize` is in PyTorch's own operations."""
+    unit_THd = F.normalize(x_THd.float() if rotary is None else rotate(x_THd.float(), rotary), dim=-1)
+    return (unit_THd if factor_H1 is None else unit_THd * factor_H1).to(x_THd.dtype)
+
+
+class SingleOperations(BlockFunctions):
+    def __init__(self) -> None:
+        super().__init__(lambda function: function)
+        self.rotate_and_normalize = eager_rotate_and_normalize
+
+
 class DenseStar(STAR):
     """What published trainers run: a dense additive mask, logits of the whole batch at once, single operations."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options, functions=SingleOperations())
 
     def forward(
         self, inputs_TC: Tensor, text_SW: Tensor, pooled_BW: Tensor, targets_T: Tensor, *, layout: PackedLayout
@@ -73,24 +87,14 @@ class DenseStar(STAR):
         x_TD = x_TD.index_copy(0, layout.first_tokens(device), self.start_token(pooled_BW.to(dtype)))
         x_TD = self.add_positions(x_TD, layout.scale_ids(device), layout.positions(device))
         context = PackedAttention(layout, DenseMaskKernel(), device)
-        with mock.patch.object(blocks, "rotate_and_normalize", eager_rotate_and_normalize):
-            x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device), context)
+        x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device), context)
         logits_TV = self.head_logits(x_TD)
         return F.cross_entropy(logits_TV, targets_T, reduction="none"), logits_TV.argmax(-1) == targets_T
 
 
-def eager_rotate_and_normalize(x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None) -> Tensor:
-    """What `rotate_and_normalize` is in PyTorch's own operations."""
-    unit_THd = F.normalize(x_THd.float() if rotary is None else rotate(x_THd.float(), rotary), dim=-1)
-    return (unit_THd if factor_H1 is None else unit_THd * factor_H1).to(x_THd.dtype)
-
-
 def compiled_star(*arguments: Any, **options: Any) -> STAR:
     """A STAR as `train.compile` runs it."""
-    model = STAR(*arguments, **options)
-    for block in model.blocks:
-        block.compile()
-    return model
+    return STAR(*arguments, **options, functions=compiled_functions())
 
 
 def build_step(kind: Callable[..., STAR], case: Case, device: torch.device) -> Callable[[], None]:
@@ -181,7 +185,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, fewer repeats")
     parser.add_argument("--against", choices=["dense"], help="also measure the step with a dense mask")
-    parser.add_argument("--compile", action="store_true", help="also measure the step with compiled blocks")
+    parser.add_argument("--compile", action="store_true", help="also measure the step with train.compile")
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="write a Chrome trace of the last case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     arguments = parser.parse_args()

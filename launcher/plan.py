@@ -41,8 +41,9 @@ def as_text(numbers: dict, gpus: int, dataset: float) -> str:
     """The plan for people."""
     gib = 2**30
     memory = [f"  {name:<24}{size / gib:8.2f} GiB" for name, size in numbers["memory_bytes"].items()]
-    fits = numbers["memory_total_bytes"] <= numbers["gpu_memory_bytes"]
-    largest = numbers["largest_micro_batch"]
+    fits = numbers["memory_total_bytes"] <= numbers["usable_memory_bytes"]
+    usable = numbers["usable_memory_bytes"] / gib
+    largest, stage = numbers["largest_micro_batch"], numbers["recommended_zero_stage"]
     per_picture = numbers["storage_bytes_per_picture"]
     bound = "communication" if numbers["communication_s"] > numbers["compute_s"] else "compute"
     lines = [
@@ -50,10 +51,12 @@ def as_text(numbers: dict, gpus: int, dataset: float) -> str:
         f"({numbers['visible_pairs_share']:.3f} of all pairs visible)",
         f"memory per GPU at micro-batch {numbers['micro_batch']} ({numbers['accumulation_steps']} a step):",
         *memory,
-        f"  {'together':<24}{numbers['memory_total_bytes'] / gib:8.2f} GiB of {numbers['gpu_memory_bytes'] / gib:.0f}"
+        f"  {'together':<24}{numbers['memory_total_bytes'] / gib:8.2f} GiB of {usable:.0f} usable"
         + ("" if fits else "  DOES NOT FIT"),
         "  the frozen tokenizer and text encoder come on top (public ones: 0.4 and 0.7 GiB)",
         "largest micro-batch     " + ("none fits" if largest is None else str(largest)),
+        f"ZeRO stage              {numbers['zero_stage']}; recommended: "
+        + ("none fits" if stage is None else f"{stage}, the least communication that fits"),
         f"step                    {numbers['step_s']:.3f} s, bound by {bound} (the two overlap)",
         f"  compute               {numbers['compute_s']:.3f} s: {numbers['flops_per_step']:.3e} FLOPs at MFU "
         f"{numbers['assumed_mfu']}",

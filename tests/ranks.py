@@ -14,12 +14,16 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import deepspeed.module_inject.auto_ep_layer
 import deepspeed.ops
+import deepspeed.runtime.superoffload.superoffload_stage3
 import deepspeed.runtime.zero.muon.muon_optimizer
 import streaming
 import torch
 import torch._inductor.lowering
 import transformers
+
+import star_dist.train.trainer
 
 # Loaded here so that forked ranks find it loaded: DeepSpeed alone imports Inductor for 10 s at its first start.
 WARM = (
@@ -27,6 +31,9 @@ WARM = (
     torch._inductor.lowering,
     transformers.BertModel,
     deepspeed.runtime.zero.muon.muon_optimizer,
+    deepspeed.runtime.superoffload.superoffload_stage3,
+    deepspeed.module_inject.auto_ep_layer,
+    star_dist.train.trainer,
     deepspeed.ops.__compatible_ops__,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,8 +52,11 @@ def test_attention(tmp_path: Path) -> None:
 
 def test_train_step_against_dense_with_a_profile(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
-    found = results("train_step", tmp_path / "out.json", "--quick", "--against", "dense", "--profile", str(trace))
-    ours, dense = found["train_step"]
+    options = ["--quick", "--against", "dense", "--profile", str(trace)]
+    if shutil.which("g++"):
+        options.append("--compile")
+    ours, *compiled, dense = results("train_step", tmp_path / "out.json", *options)["train_step"]
+    assert [row["step"] for row in compiled] == ["star-dist, compiled"] * ("--compile" in options)
     assert ours["step"] == "star-dist" and ours["speedup"] == pytest.approx(dense["step_s"] / ours["step_s"])
     assert ours["memory_ratio"] < 1
     assert json.loads(trace.read_text())["traceEvents"]

@@ -130,7 +130,8 @@ class TrainSection(Section):
     init_from: an exported folder whose weights start the run (256 -> 512 -> 1024).
     activation_checkpointing: `selective` computes norms, GELU and rotations again in the backward pass, `full` all of
     each block; both save memory and change no result.
-    compile: torch.compile of every block, at ZeRO stages 0 to 2. The first step then takes a minute.
+    compile: torch.compile of what lies between a block's products and attention (residual sums with LayerNorm, rotation
+    with QK norm), at every ZeRO stage. The first step takes longer then, and losses differ in their last bits.
     scale_loss_power: a token of a scale of n tokens counts n**-power in the loss. 0 is the paper's cross-entropy; 1
     gives every scale the same say, so that layout and colours, which few tokens decide, are learned first.
     token_keep, token_drop_scales: share of tokens that training keeps of each of the last so many scales; 1 keeps all.
@@ -286,16 +287,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.token_drop_scales {self.train.token_drop_scales} is not less than the {len(self.scales)} "
                 f"scales; make it smaller"
-            )
-        if self.train.compile and self.train.zero_stage == 3:
-            raise ValueError(
-                "train.compile is true at train.zero_stage 3, where DeepSpeed gathers weights between the parts of a "
-                "block and every part would be compiled anew; set zero_stage to 0, 1 or 2, or compile to false"
-            )
-        if self.train.compile and self.train.activation_checkpointing == "selective":
-            raise ValueError(
-                "train.compile fuses the operations that train.activation_checkpointing selective tells apart; set "
-                "activation_checkpointing to none or full, or compile to false"
             )
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(

@@ -14,24 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from star_dist.model.attention import Constants, KeyValue, LayerContext
+from star_dist.model.block_functions import PLAIN, BlockFunctions, layer_norm
 from star_dist.model.config import StarConfig
-from star_dist.model.qk_norm import rotate_and_normalize
 from star_dist.model.rope import Rotary
 
-LAYER_NORM_EPS = 1e-6
 MAX_QUERY_SCALE = 100.0
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without learned scale and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
 
 
 class NormalizedHeads(nn.Module):
     """What self- and cross-attention share: q and k of unit length per head, q times a learned factor per head."""
 
-    def __init__(self, config: StarConfig) -> None:
+    def __init__(self, config: StarConfig, functions: BlockFunctions) -> None:
         super().__init__()
+        self.functions = functions
         self.heads = config.heads
         self.scale_mul_1H11 = nn.Parameter(torch.empty(1, config.heads, 1, 1))
         self.q_bias = nn.Parameter(torch.empty(config.width))
@@ -57,8 +52,8 @@ class BiasedLinear(nn.Linear):
 
 
 class SelfAttention(NormalizedHeads):
-    def __init__(self, config: StarConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: StarConfig, functions: BlockFunctions) -> None:
+        super().__init__(config, functions)
         self.mat_qkv = BiasedLinear(config.width, 3 * config.width)
 
     def constants(self) -> Constants:
@@ -67,14 +62,14 @@ class SelfAttention(NormalizedHeads):
     def forward(self, x_TD: Tensor, *, rotary: Rotary | None, context: LayerContext) -> Tensor:
         bias, factor_H1 = context.image_constants(self.constants)
         query, key, value = map(self.split_heads, self.mat_qkv(x_TD, bias).chunk(3, dim=-1))
-        query = rotate_and_normalize(query, rotary, factor_H1)
-        key = rotate_and_normalize(key, rotary)
+        query = self.functions.rotate_and_normalize(query, rotary, factor_H1)
+        key = self.functions.rotate_and_normalize(key, rotary)
         return self.proj(context.attend_image(query, key, value).flatten(-2))
 
 
 class CrossAttention(NormalizedHeads):
-    def __init__(self, config: StarConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: StarConfig, functions: BlockFunctions) -> None:
+        super().__init__(config, functions)
         self.mat_q = BiasedLinear(config.width, config.width)
         self.mat_kv = BiasedLinear(config.text_width, 2 * config.width)
 
@@ -85,11 +80,11 @@ class CrossAttention(NormalizedHeads):
         """Keys and values of the text tokens, (S, H, d) each."""
         bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
         key, value = map(self.split_heads, self.mat_kv(text_SC, bias).chunk(2, dim=-1))
-        return rotate_and_normalize(key, None), value
+        return self.functions.rotate_and_normalize(key, None), value
 
     def forward(self, x_TD: Tensor, text_SC: Tensor, *, context: LayerContext) -> Tensor:
         bias, factor_H1 = context.text_constants(self.constants)
-        query = rotate_and_normalize(self.split_heads(self.mat_q(x_TD, bias)), None, factor_H1)
+        query = self.functions.rotate_and_normalize(self.split_heads(self.mat_q(x_TD, bias)), None, factor_H1)
         key_value: Callable[[], KeyValue] = lambda: self.text_key_value(text_SC)
         return self.proj(context.attend_text(query, key_value).flatten(-2))
 
@@ -105,14 +100,16 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: StarConfig) -> None:
+    def __init__(self, config: StarConfig, functions: BlockFunctions = PLAIN) -> None:
         super().__init__()
-        self.attn = SelfAttention(config)
-        self.cross_attn = CrossAttention(config) if config.cross_attention else None
+        self.functions = functions
+        self.attn = SelfAttention(config, functions)
+        self.cross_attn = CrossAttention(config, functions) if config.cross_attention else None
         self.ffn = FeedForward(config)
 
     def forward(self, x_TD: Tensor, text_SC: Tensor, *, rotary: Rotary | None, context: LayerContext) -> Tensor:
-        x_TD = x_TD + self.attn(layer_norm(x_TD), rotary=rotary, context=context)
+        add_and_norm = self.functions.add_and_norm
+        x_TD, normed_TD = add_and_norm(x_TD, self.attn(layer_norm(x_TD), rotary=rotary, context=context))
         if self.cross_attn is not None:
-            x_TD = x_TD + self.cross_attn(layer_norm(x_TD), text_SC, context=context)
-        return x_TD + self.ffn(layer_norm(x_TD))
+            x_TD, normed_TD = add_and_norm(x_TD, self.cross_attn(normed_TD, text_SC, context=context))
+        return x_TD + self.ffn(normed_TD)

@@ -6,6 +6,7 @@ T tokens, H heads, d channels of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,31 +17,55 @@ from star_dist.model.rope import Rotary, rotate
 MIN_NORM = 1e-12
 
 
-def rotate_and_normalize(x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None) -> Tensor:
+Passes = tuple[Callable[..., Any], Callable[..., Any]]
+"""`forward_pass` and `backward_pass`, or the same compiled."""
+
+
+def forward_pass(x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The result, and the inverse length (T, H, 1) of every query or key."""
+    precise_THd = x_THd.to(torch.promote_types(x_THd.dtype, torch.float32))
+    inverse_TH1 = precise_THd.norm(dim=-1, keepdim=True).clamp_min_(MIN_NORM).reciprocal_()
+    scale = inverse_TH1 if factor_H1 is None else inverse_TH1 * factor_H1
+    rotated_THd = precise_THd if rotary is None else rotate(precise_THd, rotary)
+    return (rotated_THd * scale).to(x_THd.dtype), inverse_TH1
+
+
+def backward_pass(
+    gradient_THd: Tensor, x_THd: Tensor, inverse_TH1: Tensor, rotary: Rotary | None, factor_H1: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the queries or keys and of the factor."""
+    gradient_THd = gradient_THd.to(inverse_TH1.dtype)
+    if rotary is not None:  # the transpose of a rotation is the one by the opposite angle
+        cosines, sines = rotary
+        gradient_THd = rotate(gradient_THd, (cosines, -sines))
+    unit_THd = x_THd.to(inverse_TH1.dtype) * inverse_TH1
+    along_TH1 = (gradient_THd * unit_THd).sum(-1, keepdim=True)
+    factor_gradient = None if factor_H1 is None else along_TH1.sum(0)
+    scale = inverse_TH1 if factor_H1 is None else inverse_TH1 * factor_H1
+    return ((gradient_THd - unit_THd * along_TH1) * scale).to(x_THd.dtype), factor_gradient
+
+
+def rotate_and_normalize(
+    x_THd: Tensor,
+    rotary: Rotary | None,
+    factor_H1: Tensor | None = None,
+    passes: Passes = (forward_pass, backward_pass),
+) -> Tensor:
     """(T, H, d) rotated (where there are rotations), of unit length per head, times the head's factor; x's dtype."""
-    return _RotateAndNormalize.apply(x_THd, rotary, factor_H1)
+    return _RotateAndNormalize.apply(x_THd, rotary, factor_H1, passes)
 
 
 class _RotateAndNormalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None) -> Tensor:
-        precise_THd = x_THd.to(torch.promote_types(x_THd.dtype, torch.float32))
-        inverse_TH1 = precise_THd.norm(dim=-1, keepdim=True).clamp_min_(MIN_NORM).reciprocal_()
+    def forward(ctx: Any, x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None, passes: Passes) -> Tensor:
+        forward_pass, ctx.backward_pass = passes
+        result_THd, inverse_TH1 = forward_pass(x_THd, rotary, factor_H1)
         ctx.rotary = rotary
         ctx.save_for_backward(x_THd, inverse_TH1, factor_H1)
-        scale = inverse_TH1 if factor_H1 is None else inverse_TH1 * factor_H1
-        rotated_THd = precise_THd if rotary is None else rotate(precise_THd, rotary)
-        return (rotated_THd * scale).to(x_THd.dtype)
+        return result_THd
 
     @staticmethod
-    def backward(ctx: Any, gradient_THd: Tensor) -> tuple[Tensor, None, Tensor | None]:
+    def backward(ctx: Any, gradient_THd: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         x_THd, inverse_TH1, factor_H1 = ctx.saved_tensors
-        gradient_THd = gradient_THd.to(inverse_TH1.dtype)
-        if ctx.rotary is not None:  # the transpose of a rotation is the one by the opposite angle
-            cosines, sines = ctx.rotary
-            gradient_THd = rotate(gradient_THd, (cosines, -sines))
-        unit_THd = x_THd.to(inverse_TH1.dtype) * inverse_TH1
-        along_TH1 = (gradient_THd * unit_THd).sum(-1, keepdim=True)
-        factor_gradient = None if factor_H1 is None else along_TH1.sum(0)
-        scale = inverse_TH1 if factor_H1 is None else inverse_TH1 * factor_H1
-        return ((gradient_THd - unit_THd * along_TH1) * scale).to(x_THd.dtype), None, factor_gradient
+        gradient, factor_gradient = ctx.backward_pass(gradient_THd, x_THd, inverse_TH1, ctx.rotary, factor_H1)
+        return gradient, None, factor_gradient, None

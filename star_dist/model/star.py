@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from star_dist.model.attention import AttentionContext, PackedAttention, check_kernel_name, choose_kernel
-from star_dist.model.blocks import Block, layer_norm
+from star_dist.model.block_functions import PLAIN, BlockFunctions, layer_norm
+from star_dist.model.blocks import Block
 from star_dist.model.chunked_loss import LinearCrossEntropy
 from star_dist.model.config import StarConfig
 from star_dist.model.layout import PackedLayout
@@ -35,9 +36,16 @@ class STAR(nn.Module):
 
     Parameters are left for `initialize_weights` or a checkpoint to fill; the names are those of the public
     checkpoints. attention: the kernel of `attention.py`. recompute: activation checkpointing, see `recompute.py`.
+    functions: the blocks' functions without parameters, plain or compiled.
     """
 
-    def __init__(self, config: StarConfig, attention: str = "auto", recompute: Recompute = "none") -> None:
+    def __init__(
+        self,
+        config: StarConfig,
+        attention: str = "auto",
+        recompute: Recompute = "none",
+        functions: BlockFunctions = PLAIN,
+    ) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute
@@ -48,7 +56,7 @@ class STAR(nn.Module):
         self.lvl_embed = nn.Embedding(len(config.scales), config.width)
         if config.positions == "learned":
             self.pos_embed = nn.Embedding(ScaleSchedule(config.scales).num_tokens, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, functions) for _ in range(config.depth))
         self.head_logits = Head(config.width, config.vocab_size)
 
     def start_token(self, pooled_BW: Tensor) -> Tensor:

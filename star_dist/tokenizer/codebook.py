@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from star_dist.scales import ScaleSchedule
-from star_dist.tokenizer.quantizer import MultiScaleQuantizer
+from star_dist.tokenizer.quantizer import MultiScaleQuantizer, full_float32
 
 HITS_DECAY = 0.98
 # A code counts as used while the average of its hits per step is above this: for 34 steps after a single hit.
@@ -41,9 +41,10 @@ def residual_cells(quantizer: MultiScaleQuantizer, latent_BCHH: Tensor, schedule
     """What the codes of all scales have to describe: residual cells picture by picture, (B * L, C)."""
     residual_BCHH = latent_BCHH.float()
     cells = []
-    for side, (_, contribution_BCHH) in zip(schedule.sides, quantizer.residual_steps(residual_BCHH, schedule)):
-        cells.append(F.interpolate(residual_BCHH, size=(side, side), mode="area").flatten(2).transpose(1, 2))
-        residual_BCHH = residual_BCHH - contribution_BCHH
+    with full_float32(latent_BCHH.device):
+        for side, (_, contribution_BCHH) in zip(schedule.sides, quantizer.residual_steps(residual_BCHH, schedule)):
+            cells.append(F.interpolate(residual_BCHH, size=(side, side), mode="area").flatten(2).transpose(1, 2))
+            residual_BCHH = residual_BCHH - contribution_BCHH
     return torch.cat(cells, dim=1).flatten(0, 1)
 
 

@@ -45,6 +45,7 @@ from star_dist.tokenizer.losses import (
     quantize_for_training,
 )
 from star_dist.tokenizer.optim import build_optimizers, initialize
+from star_dist.tokenizer.quantizer import full_float32
 from star_dist.tokenizer.ranks import Ranks
 from star_dist.tokenizer.reconstructions import draw_reconstructions, psnr
 from star_dist.tokenizer.run_files import (
@@ -106,7 +107,7 @@ class Autoencoder(nn.Module):
         """Reconstructions (B, 3, side, side), quantization loss (), hits (S, V), unquantized latents (B, C, H, H)."""
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.autocast):
             latent = self.model.encode_latent(pictures).float()
-            with torch.autocast(pictures.device.type, enabled=False):
+            with full_float32(pictures.device):
                 quantized: Quantized = quantize_for_training(
                     self.model.quantize, latent, self.schedule, self.commitment
                 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
+from star_dist.model.block_functions import PLAIN, BlockFunctions, compiled_functions
 from star_dist.model.initialization import initial_value
 from star_dist.model.star import STAR
 from star_dist.process import ProcessInfo, check_gpus_are_there
@@ -48,8 +49,9 @@ class Engine:
         _initialize_process_group(timeout)
         settings = config.deepspeed_config(process.world_size)
         partitioned = config.train.zero_stage == 3
+        functions = _compiled_functions(self.device) if config.train.compile else PLAIN
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=partitioned):
-            model = STAR(config.star_config(), config.model.attention, config.train.activation_checkpointing)
+            model = STAR(config.star_config(), config.model.attention, config.train.activation_checkpointing, functions)
         if not partitioned:
             model.to(self.device)
         # A gathered parameter takes rank 0's values, so the other ranks need none.
@@ -60,9 +62,6 @@ class Engine:
                     parameter.copy_(initial_weights[name])
                 elif writes:
                     parameter.copy_(initial_value(name, parameter.shape, model.config, config.seed))
-        if config.train.compile:
-            for block in model.blocks:
-                block.compile()
         groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         group_of = {names[id(parameter)]: group["name"] for group in groups for parameter in group["params"]}
@@ -152,6 +151,19 @@ class Engine:
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _compiled_functions(device: torch.device) -> BlockFunctions:
+    """Raises UserError where PyTorch's compiler does not work."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next(line for line in str(error).splitlines() if line.strip())
+        raise UserError(
+            f"train.compile is true, but PyTorch's compiler does not work here: {reason}; install a C++ compiler, or "
+            f"set train.compile to false"
+        ) from None
+    return compiled_functions()
 
 
 def _device(process: ProcessInfo) -> torch.device:

@@ -58,8 +58,13 @@ class LocalPlace:
         return [path.name for path in self.root.iterdir() if path.is_dir()] if self.root.is_dir() else []
 
     def files(self, folder: str) -> dict[str, int]:
-        path = self.root / folder
-        return {file.name: file.stat().st_size for file in path.iterdir()} if path.is_dir() else {}
+        sizes = {}
+        # Another thread or node may be removing the folder at this moment.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for file in (self.root / folder).iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    sizes[file.name] = file.stat().st_size
+        return sizes
 
     @contextlib.contextmanager
     def writing(self, folder: str, name: str) -> Iterator[Path]:

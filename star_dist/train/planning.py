@@ -15,8 +15,10 @@ from star_dist.model.flops import training_flops
 from star_dist.model.size import FLOAT32_BYTES, activation_bytes, parameter_count
 
 # DeepSpeed 0.19's defaults, in elements (https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training)
-DEFAULT_BUCKETS = {"reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 5e7}
-USABLE_MEMORY = 0.92  # the rest goes to the CUDA context, NCCL and fragmentation
+DEFAULT_BUFFERS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "overlap_comm": False}
+# Share of a GPU's memory that what is reckoned here may take; the rest is left to what is not: the CUDA context, NCCL's
+# buffers, library workspaces and fragmentation. A guess with room, not measured.
+USABLE_MEMORY = 0.92
 CAPTION_BYTES = 200  # of one sample beside its tokens: caption, key and MDS offsets
 
 
@@ -65,15 +67,25 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return 3 * FLOAT32_BYTES * parameter_count(config.star_config())
 
 
+def buffer_bytes(config: RunConfig, gpus: int) -> dict[str, float]:
+    """What DeepSpeed holds beside the state: the bucket of gradients, made whole whatever the model's size (at stage 0
+    no larger than all gradients), and at stage 3 the gathered weights, those fetched ahead among them.
+    """
+    zero, stage = DEFAULT_BUFFERS | config.deepspeed.get("zero_optimization", {}), config.train.zero_stage
+    parameters, low = parameter_count(config.star_config()), bytes_per_value(config)
+    if stage == 0:
+        return {"communication buckets": min(zero["reduce_bucket_size"], parameters) * low} if gpus > 1 else {}
+    buckets = 2 if zero["overlap_comm"] and stage < 3 else 1
+    parts = {"communication buckets": buckets * zero["reduce_bucket_size"] * low}
+    if stage == 3 and gpus > 1:
+        parts["gathered weights"] = min(zero["stage3_max_live_parameters"], parameters) * low
+    return parts
+
+
 def memory_bytes(config: RunConfig, gpus: int, micro_batch: int) -> dict[str, float]:
     """Memory per GPU by part; frozen tokenizer and text encoder not counted (their files are not opened)."""
     star = config.star_config()
-    parts = state_bytes(config, gpus)
-    if gpus > 1:
-        zero = DEFAULT_BUCKETS | config.deepspeed.get("zero_optimization", {})
-        names = list(DEFAULT_BUCKETS) if config.train.zero_stage == 3 else ["reduce_bucket_size"]
-        limit = parameter_count(star)
-        parts["communication buckets"] = sum(min(zero[name], limit) for name in names) * bytes_per_value(config)
+    parts = state_bytes(config, gpus) | buffer_bytes(config, gpus)
     activations = activation_bytes(
         star,
         micro_batch * config.schedule.num_tokens,
@@ -86,15 +98,33 @@ def memory_bytes(config: RunConfig, gpus: int, micro_batch: int) -> dict[str, fl
     }
 
 
+def usable_bytes(memory_gb: float) -> float:
+    """Of a GPU's memory, for what `memory_bytes` counts."""
+    return USABLE_MEMORY * memory_gb * 1e9
+
+
 def largest_micro_batch(config: RunConfig, gpus: int, memory_gb: float) -> int | None:
     """Largest micro-batch that fits and divides the global batch evenly over the GPUs; None if not even 1 fits."""
     per_gpu = config.train.global_batch // gpus
     fits = [
         size
         for size in range(1, per_gpu + 1)
-        if per_gpu % size == 0 and sum(memory_bytes(config, gpus, size).values()) <= USABLE_MEMORY * memory_gb * 1e9
+        if per_gpu % size == 0 and sum(memory_bytes(config, gpus, size).values()) <= usable_bytes(memory_gb)
     ]
     return fits[-1] if fits else None
+
+
+def recommended_zero_stage(config: RunConfig, gpus: int, memory_gb: float) -> int | None:
+    """The stage that communicates least of those where the run's micro-batch fits; of equals the one that needs least
+    memory, then the lowest. None if no stage fits."""
+
+    def costs(stage: int) -> tuple[float, float, int]:
+        run = config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": stage})})
+        memory = sum(memory_bytes(run, gpus, config.train.micro_batch).values())
+        return communication_bytes(run, gpus), memory, stage
+
+    fitting = [cost for cost in map(costs, range(4)) if cost[1] <= usable_bytes(memory_gb)]
+    return min(fitting)[2] if fitting else None
 
 
 def communication_bytes(config: RunConfig, gpus: int) -> float:
@@ -133,8 +163,10 @@ def plan(
         "accumulation_steps": config.accumulation_steps(gpus),
         "memory_bytes": memory,
         "memory_total_bytes": sum(memory.values()),
-        "gpu_memory_bytes": gpu.memory_gb * 1e9,
+        "usable_memory_bytes": usable_bytes(gpu.memory_gb),
         "largest_micro_batch": largest_micro_batch(config, gpus, gpu.memory_gb),
+        "zero_stage": config.train.zero_stage,
+        "recommended_zero_stage": recommended_zero_stage(config, gpus, gpu.memory_gb),
         "flops_per_picture": flops_per_picture,
         "flops_per_step": step_flops,
         "assumed_mfu": mfu,

@@ -47,6 +47,25 @@ def test_losses_and_gradients_are_bit_identical(recompute: Recompute) -> None:
         assert torch.equal(found_gradients[name], gradient), name
 
 
+def test_hooks_may_do_something_else_the_second_time() -> None:
+    """As ZeRO-3's do, which gather what is not there just then."""
+    model = STAR(CONFIG, recompute="selective")
+    initialize_weights(model, seed=1)
+    calls = iter(range(100))
+
+    def gather(*_: object) -> None:
+        for _ in range(next(calls)):
+            torch.zeros(4).view(2, 2).add_(1)
+
+    for block in model.blocks:
+        block.attn.proj.register_forward_pre_hook(gather)
+    layout = PackedLayout.uniform(SCHEDULE, 1, (3,))
+    inputs = torch.zeros(layout.num_tokens, 8), torch.zeros(3, 16), torch.zeros(1, 16)
+    losses, _ = model(*inputs, torch.zeros(layout.num_tokens, dtype=torch.long), layout=layout)
+    losses.mean().backward()
+    assert next(calls) == 2 * CONFIG.depth
+
+
 def test_selective_repeats_no_product_and_full_one_forward_pass() -> None:
     flops = {recompute: loss_and_gradients(recompute)[2] for recompute in ("none", "selective", "full")}
     assert flops["selective"] == flops["none"]

@@ -25,6 +25,7 @@ from star_dist.tokenizer.codebook import codebook_usage
 from star_dist.tokenizer.io import load_tokenizer
 from star_dist.tokenizer.muon import orthogonalize
 from star_dist.tokenizer.optim import build_optimizers, initialize
+from star_dist.tokenizer.quantizer import Phi
 from star_dist.tokenizer.train import LAST_RESTART_FRACTION, TokenizerTraining, train_tokenizer
 from tests.ranks import RankFailed, run_ranks
 
@@ -182,6 +183,25 @@ def test_unused_codes_move_onto_residuals(make_config: MakeConfig) -> None:
     assert codebook_usage(quantizer, config.schedule)["codebook/used"] > 5
     late = trainer._train_step(int(LAST_RESTART_FRACTION * config.steps) + 1, batches[4])
     assert "codebook/restarted" not in late
+
+
+def test_the_quantizer_trains_in_full_float32(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under bf16 too, and without the TF32 that cuDNN's convolutions use on a GPU unless it is forbidden."""
+    config = make_config(precision="bf16")
+    trainer = TokenizerTraining(config, prepare_process_environment())
+    seen = set()
+
+    def record(phi: Phi, inputs: tuple[torch.Tensor]) -> None:
+        seen.add((torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"), inputs[0].dtype))
+
+    for phi in trainer.model.quantize.quant_resi.qresi_ls:
+        phi.register_forward_pre_hook(record)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    batches = StepBatches(trainer.pictures, config.seed, 4, 0, 1, False)
+    for step in range(2):
+        values = trainer._train_step(step, batches[step])
+    assert values["codebook/restarted"] > 0
+    assert seen == {(False, False, torch.float32)}
 
 
 def test_batches_depend_on_seed_and_step_alone(pictures_folder: Path) -> None:

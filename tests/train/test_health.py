@@ -23,6 +23,7 @@ from star_dist.train.facts import (
     read_events,
     summarize,
 )
+from star_dist.train.places import LocalPlace
 from star_dist.train.spikes import SkippedData, SpikeDetector
 from star_dist.train.status import run_status
 from tests.ranks import run_ranks
@@ -155,6 +156,15 @@ def test_too_many_spikes_end_the_run(run_config: MakeConfig) -> None:
     (Path(config.run_dir) / "skipped_data.json").write_text("[2]")
     with pytest.raises(RankFailed, match=r"UserError: the loss spiked at step 11 after 1 rollbacks"):
         run_ranks(poison, 1, config, 11, 100.0)
+
+
+def test_checkpoints_are_listed_while_old_ones_are_removed(tmp_path: Path) -> None:
+    """As when a spike comes while `keep_last` is cleaning up: a file that has gone is not there."""
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_1" / "kept").write_text("12")
+    (tmp_path / "step_1" / "listed_and_gone").symlink_to("/absent")
+    place = LocalPlace(tmp_path)
+    assert place.files("step_1") == {"kept": 2} and place.files("step_2") == {}
 
 
 def test_spike_detector() -> None:

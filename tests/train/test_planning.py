@@ -16,7 +16,14 @@ from star_dist.model.initialization import initialize_weights
 from star_dist.model.layout import PackedLayout
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
-from star_dist.train.planning import communication_bytes, largest_micro_batch, memory_bytes, state_bytes
+from star_dist.train.planning import (
+    communication_bytes,
+    largest_micro_batch,
+    memory_bytes,
+    recommended_zero_stage,
+    state_bytes,
+    usable_bytes,
+)
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
@@ -84,8 +91,14 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
         found = largest_micro_batch(run, 8, memory_gb)
         divisors = [n for n in range(1, run.train.global_batch // 8 + 1) if run.train.global_batch // 8 % n == 0]
         used = {n: sum(memory_bytes(run, 8, n).values()) for n in divisors}
-        assert used[found] <= 0.92 * memory_gb * 1e9
-        assert all(used[n] > 0.92 * memory_gb * 1e9 for n in divisors if n > found)
+        assert used[found] <= usable_bytes(memory_gb)
+        assert all(used[n] > usable_bytes(memory_gb) for n in divisors if n > found)
+
+
+def test_the_recommended_zero_stage_communicates_least_of_those_that_fit() -> None:
+    run = config("d30.json")
+    for gpus, memory_gb, stage in ((1, 141, 0), (8, 141, 1), (64, 141, 2), (8, 42, 2), (8, 40, 3), (8, 36, None)):
+        assert recommended_zero_stage(run, gpus, memory_gb) == stage, (gpus, memory_gb)
 
 
 def test_the_command_prints_and_refuses() -> None:
@@ -95,6 +108,7 @@ def test_the_command_prints_and_refuses() -> None:
 
     shown = run("--gpus", "64", "--gpu", "h200")
     assert shown.returncode == 0 and "largest micro-batch" in shown.stdout and "GPU-hours" in shown.stdout
+    assert "DOES NOT FIT" not in shown.stdout and "3; recommended: 2" in shown.stdout
     numbers = json.loads(run("--gpus", "64", "--json", "--pictures", "1e7").stdout)
     assert numbers["days"] == pytest.approx(1e7 / numbers["images_per_s"] / 86400)
     refused = run("--gpus", "0")

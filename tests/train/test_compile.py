@@ -1,0 +1,60 @@
+"""`train.compile`: the functions between a block's products, compiled, under ZeRO and activation checkpointing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from star_dist.config import RunConfig
+from tests.ranks import RankFailed, run_ranks
+from tests.train.runs import metrics, train, train_on, weights
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+
+
+def train_compiled(config: RunConfig) -> tuple[int, int]:
+    """What a rank runs, in a process of its own: the compiler starts threads. Returns graphs and breaks in them."""
+    import torch._dynamo
+
+    train(config)
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "recompute", "precision", "tolerance"), [(3, "selective", "bf16", 1e-3), (1, "full", "fp32", 1e-5)]
+)
+def test_a_compiled_run_learns_the_same_and_resumes(
+    run_config: Callable[..., RunConfig], tmp_path: Path, stage: int, recompute: str, precision: str, tolerance: float
+) -> None:
+    options = {"steps": 4, "zero_stage": stage, "activation_checkpointing": recompute, "precision": precision}
+    expected = train_on(run_config(run_dir=str(tmp_path / "plain"), train=options), 1)
+    sections = {"train": options | {"compile": True}, "checkpoint": {"every": 2}}
+    config = run_config(**sections)
+    ((graphs, breaks),) = run_ranks(train_compiled, 1, config)
+    found = metrics(config)
+    for step, values in expected.items():
+        assert found[step]["loss/total"] == pytest.approx(values["loss/total"], rel=tolerance)
+    assert graphs >= 8 and breaks == 0
+    whole = weights(config)
+    sections["checkpoint"]["resume_step"] = 2
+    assert train_on(run_config(**sections), 1) == found
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(config).items())
+
+
+def test_a_compiler_that_does_not_work_is_a_mistake(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    def without_a_compiler() -> None:
+        from torch._inductor import config
+
+        config.cpp.cxx = ("/absent/g++",)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
+        train(run_config(train={"compile": True}))
+
+    with pytest.raises(RankFailed, match="UserError: train.compile is true, but PyTorch's compiler does not work here"):
+        run_ranks(without_a_compiler, 1)
