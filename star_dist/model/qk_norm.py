@@ -59,7 +59,9 @@ class _RotateAndNormalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None, passes: Passes) -> Tensor:
         forward_pass, ctx.backward_pass = passes
-        result_THd, inverse_TH1 = forward_pass(x_THd, rotary, factor_H1)
+        # Detached: a pass would be compiled twice, for inputs that want gradients and for those that do not.
+        factor = None if factor_H1 is None else factor_H1.detach()
+        result_THd, inverse_TH1 = forward_pass(x_THd.detach(), rotary, factor)
         ctx.rotary = rotary
         ctx.save_for_backward(x_THd, inverse_TH1, factor_H1)
         return result_THd

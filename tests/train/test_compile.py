@@ -21,6 +21,7 @@ def train_compiled(config: RunConfig) -> tuple[int, int]:
     """What a rank runs, in a process of its own: the compiler starts threads. Returns graphs and breaks in them."""
     import torch._dynamo
 
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # from there on it would not be compiled, silently
     train(config)
     counters = torch._dynamo.utils.counters
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
@@ -34,8 +35,9 @@ def test_a_compiled_run_learns_the_same_and_resumes(
     run_config: Callable[..., RunConfig], tmp_path: Path, stage: int, recompute: str, precision: str, tolerance: float
 ) -> None:
     options = {"steps": 4, "zero_stage": stage, "activation_checkpointing": recompute, "precision": precision}
-    expected = train_on(run_config(run_dir=str(tmp_path / "plain"), train=options), 1)
-    sections = {"train": options | {"compile": True}, "checkpoint": {"every": 2}}
+    validation = {"every": 2}  # batches of other shapes, without gradients
+    expected = train_on(run_config(run_dir=str(tmp_path / "plain"), train=options, validation=validation), 1)
+    sections = {"train": options | {"compile": True}, "checkpoint": {"every": 2}, "validation": validation}
     config = run_config(**sections)
     ((graphs, breaks),) = run_ranks(train_compiled, 1, config)
     found = metrics(config)
