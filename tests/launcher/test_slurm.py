@@ -114,6 +114,7 @@ def ranks_on(node: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.timeout(1200)  # four starts of two ranks each, on a machine that others use, too
 def test_a_job_comes_back_after_a_signal_a_lost_node_and_a_cancelled_step(
     cluster: SlurmCluster, site: Path, run_config: Callable[..., RunConfig], dataset_folder: Path, tmp_path: Path
 ) -> None:
