@@ -21,7 +21,13 @@ NUM_NODES=${SLURM_JOB_NUM_NODES:-1}
 HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # The address by which Slurm itself reaches the node, which is right where names resolve differently inside and outside.
 HEAD_ADDRESS=$(scontrol --oneliner show node "$HEAD_NODE" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-HEAD_PORT=${HEAD_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+# Jobs that share a node begin to look at different ports, all below those that Linux gives to outgoing connections.
+if [[ -z ${HEAD_PORT:-} ]]; then
+    HEAD_PORT=$((20000 + SLURM_JOB_ID % 12000))
+    while (exec 3<> "/dev/tcp/$HEAD_ADDRESS/$HEAD_PORT") 2> /dev/null; do
+        HEAD_PORT=$((HEAD_PORT + 1))
+    done
+fi
 RANKS=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
 STEP_PID=

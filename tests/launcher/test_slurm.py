@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -204,9 +206,14 @@ def test_a_cancelled_job_stays_cancelled_and_a_signalled_one_comes_back(
 def test_a_users_mistake_is_not_tried_again(
     cluster: SlurmCluster, site: Path, run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
+    """On a node where other programs hold the ports that the first jobs would take."""
     config = run_config(tokenizer={"path": "/absent"})
-    job = submit(cluster, site, config)
-    wait_until(lambda: cluster.job(job)["JobState"] == "FAILED", "failed", config)
+    with contextlib.ExitStack() as stack:
+        for port in range(20000, 20020):
+            with contextlib.suppress(OSError):  # somebody else holds it, which is as good
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        job = submit(cluster, site, config)
+        wait_until(lambda: cluster.job(job)["JobState"] == "FAILED", "failed", config)
     log = next(Path(config.run_dir).glob("slurm-*.out")).read_text()
     assert "no tokenizer at /absent" in log and "preflight failed" in log
     assert cluster.job(job)["Restarts"] == "0"
