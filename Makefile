@@ -8,23 +8,23 @@ unexport PYTHONDONTWRITEBYTECODE  # every start would compile 10,000 files again
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-TEST_WORKERS ?= 2  # each takes up to 3 GB and, where a test starts ranks, more than one core
+TEST_WORKERS ?= 3  # each takes up to 3 GB and, where a test starts ranks, more than one core; some only wait
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint lock clean-demo
 
 # ----------------------------------------------------------------------------------------------------- environment
 
-.venv/installed: constraints.txt setup.py
+.venv/installed: constraints.txt overrides.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"star-dist needs Python 3.11, this is {sys.version.split()[0]}; use make PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --override overrides.txt --editable '.[demo,dev]'
 	touch $@
 
 # Renews the tested set of pins from setup.py's ranges.
 lock:
-	$(BIN)/uv pip compile setup.py --extra demo --extra dev --python-version 3.11 --no-annotate --quiet --upgrade --output-file constraints.txt
+	$(BIN)/uv pip compile setup.py --override overrides.txt --extra demo --extra dev --python-version 3.11 --no-annotate --quiet --upgrade --output-file constraints.txt
 
 # ------------------------------------------------------------------------------------------------------------ demo
 # Every step is a command of its own, skips what is done, and goes on where it was interrupted.

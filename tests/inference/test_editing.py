@@ -1,4 +1,4 @@
-"""In-painting, out-painting and variations of photographs (scikit-learn's sample pictures)."""
+"""In-painting, out-painting and variations of photographs (matplotlib's sample picture)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import cbook
 from PIL import Image
-from sklearn.datasets import load_sample_image
 
 from star_dist.data.pictures import crop_and_resize
 from star_dist.errors import UserError
@@ -24,7 +24,8 @@ OPTIONS = SamplingOptions(2.0, top_k=20)
 
 @pytest.fixture(scope="module")
 def photograph() -> Image.Image:
-    return crop_and_resize(Image.fromarray(load_sample_image("flower.jpg")), SIDE)
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        return crop_and_resize(Image.open(file), SIDE)
 
 
 @pytest.fixture(scope="module")

@@ -250,9 +250,10 @@ def test_evaluate_agrees_with_the_trainings_own_validation(
     for key, value in expected.items():
         if key.startswith("validation/"):
             assert found[key] == pytest.approx(value, abs=2e-6)
-    result = run(sys.executable, "launcher/evaluate.py", config.run_dir, "model.attention=flash")
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
+    if precision == "fp32":
+        result = run(sys.executable, "launcher/evaluate.py", config.run_dir, "model.attention=flash")
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
 
 
 @pytest.mark.slow

@@ -35,11 +35,10 @@ def launchers(folder: Path) -> dict[str, list[str]]:
     return {
         "deepspeed --hostfile": [*deepspeed, "--hostfile", str(hostfile), "--no_ssh", "--node_rank", "0", *address],
         "torchrun": torchrun,
-        "launcher/node.py": [sys.executable, "launcher/node.py", "--nproc-per-node=2", "--master-port=29635"],
     }
 
 
-@pytest.mark.parametrize("name", ["deepspeed --hostfile", "torchrun", "launcher/node.py"])
+@pytest.mark.parametrize("name", ["deepspeed --hostfile", "torchrun"])
 def test_every_launcher_starts_the_same_training(
     run_config: Callable[..., RunConfig], tmp_path: Path, name: str
 ) -> None:
