@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE  # every start would compile 10,000 files again
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-TEST_WORKERS ?= 3  # each takes up to 3 GB and, where a test starts ranks, more than one core; some only wait
+TEST_WORKERS ?= 2  # each takes up to 3 GB and, where a test starts ranks, more than one core
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint lock clean-demo
