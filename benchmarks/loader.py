@@ -123,7 +123,7 @@ def webdataset(paths: list[Path], batch: int, workers: int, wanted: int) -> dict
         return torch.from_numpy(np.stack(tokens)), list(captions)
 
     urls = [str(path) for path in paths]
-    dataset = wds.WebDataset(urls, shardshuffle=len(urls), seed=0, resampled=True).shuffle(1000).map(decode)
+    dataset = wds.WebDataset(urls, shardshuffle=False, seed=0, resampled=True).shuffle(1000).map(decode)
     dataset = dataset.batched(batch, collation_fn=collate)
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None

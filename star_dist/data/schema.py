@@ -106,8 +106,8 @@ def encode_tokens(tokens_L: np.ndarray, dtype: np.dtype) -> bytes:
 
 
 def decode_tokens(sample: Mapping[str, Any], metadata: DatasetMetadata) -> np.ndarray:
-    """Tokens of one sample; (L,) int64."""
-    return np.frombuffer(sample["tokens"], dtype=metadata.token_dtype).astype(np.int64)
+    """Tokens of one sample; (L,) of the data set's `token_dtype`, read-only."""
+    return np.frombuffer(sample["tokens"], dtype=metadata.token_dtype)
 
 
 def decode_features(sample: Mapping[str, Any], caption_name: str, width: int) -> tuple[np.ndarray, np.ndarray]:

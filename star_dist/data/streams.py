@@ -11,8 +11,10 @@ from typing import IO, Any
 from numpy.typing import NDArray
 from streaming import Stream
 from streaming.base.format import Reader
+from streaming.base.world import World
 
 from star_dist.config import DataSection
+from star_dist.data.open_shards import OpenShard
 from star_dist.data.schema import SHARD_HASH
 from star_dist.errors import UserError
 from star_dist.files import try_lock
@@ -33,6 +35,9 @@ class CheckedStream(Stream):
 
     The library checks the hash once, raises, and leaves the file; the next start would take it as good.
     """
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
+        return [OpenShard(shard) for shard in super().get_shards(world, allow_unsafe_types)]
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray) -> None:
         if self.remote is not None:

@@ -82,7 +82,7 @@ def _find(data: Path, captions: Sequence[str], pipeline: StarPipeline) -> dict[s
             for i in range(len(reader)):
                 sample = reader[i]
                 for caption in wanted.intersection(decode_captions(sample, metadata).values()):
-                    tokens_BL = torch.from_numpy(decode_tokens(sample, metadata)[np.newaxis])
+                    tokens_BL = torch.from_numpy(decode_tokens(sample, metadata)[np.newaxis].astype(np.int64))
                     picture = pipeline.tokenizer.decode(
                         tokens_BL.to(pipeline.model.word_embed.weight.device), pipeline.schedule
                     )
