@@ -5,6 +5,7 @@ with 1, naming the bad nodes, if GPUs, drivers or library versions differ, a GPU
 run's folder, data, tokenizer or S3 cannot be used from it. train.sbatch runs it before the first start.
 """
 
+import os
 import sys
 
 from star_dist.cli import add_config_arguments, command_parser, run_command
@@ -36,7 +37,10 @@ def main() -> None:
             write_text_atomically(Path(arguments.json), json.dumps(result.as_json(), indent=2) + "\n")
         if result.problems:
             print(f"error: bad nodes: {', '.join(result.problems)}", file=sys.stderr, flush=True)
-    sys.exit(1 if result.problems else 0)
+    # At once: a thread of gloo that lets go of a tensor while the interpreter ends would abort it ("terminate called
+    # without an active exception"), and a good node would be called bad.
+    sys.stdout.flush()
+    os._exit(1 if result.problems else 0)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import deepspeed.module_inject.auto_ep_layer
@@ -97,6 +102,24 @@ class Ranks:
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """Runs `function(*arguments)` on `world_size` ranks and returns their results in rank order."""
     return Ranks(function, world_size, *arguments).results()
+
+
+def run_script(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script as `python PATH …` would, in a forked process: its exit code and what it printed."""
+
+    def script() -> tuple[int, str, str]:
+        sys.argv = [str(path), *arguments]
+        sys.path.insert(0, str(path.parent))
+        code: Any = None
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+            try:
+                runpy.run_path(str(path), run_name="__main__")
+            except SystemExit as ended:
+                code = ended.code
+        assert code is None or isinstance(code, int), code
+        return code or 0, out.getvalue(), errors.getvalue()
+
+    return subprocess.CompletedProcess(path, *run_ranks(script, 1)[0])
 
 
 def renew_thread_pool() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 
 from star_dist.config import RunConfig, dump_config
-from tests.ranks import run_ranks
+from tests.ranks import run_script
 from tests.s3 import S3Bucket
 
 pytestmark = pytest.mark.slow
@@ -22,18 +20,9 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 def results(name: str, path: Path, *arguments: str) -> dict[str, Any]:
-    """Runs a benchmark in a forked process, as `python benchmarks/NAME.py …` would; what it wrote with --json."""
-
-    def run() -> int | str | None:
-        sys.argv = [name, *arguments, "--json", str(path)]
-        sys.path.insert(0, str(FOLDER))
-        try:
-            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
-        except SystemExit as ended:
-            return ended.code
-        return 0
-
-    assert run_ranks(run, 1)[0] in (0, None)
+    """Runs a benchmark; what it wrote with --json."""
+    found = run_script(FOLDER / f"{name}.py", *arguments, "--json", str(path))
+    assert found.returncode == 0, found.stderr
     return json.loads(path.read_text())
 
 

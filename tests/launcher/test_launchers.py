@@ -1,18 +1,21 @@
-"""The same training under every launcher, 2 ranks each (others: test_commands.py, test_slurm.py)."""
+"""One training under every launcher, 2 ranks each (srun: test_slurm.py)."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from star_dist.config import RunConfig, dump_config
-from tests.train.runs import metrics
+from tests.ranks import run_script
+from tests.train.runs import last_step, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -24,31 +27,44 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **more}
 
 
-def launchers(folder: Path) -> dict[str, list[str]]:
-    """What stands before the script, by launcher. The hostfile names this node alone: `deepspeed` reaches others by
-    ssh, which has no server on test machines."""
-    hostfile = folder / "hostfile"
-    hostfile.write_text("localhost slots=2\n")
-    address = ["--master_addr", "127.0.0.1", "--master_port", "29632"]
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29634"]
-    return {
-        "deepspeed --hostfile": [*deepspeed, "--hostfile", str(hostfile), "--no_ssh", "--node_rank", "0", *address],
-        "torchrun": torchrun,
-    }
+def test_a_run_goes_on_under_every_launcher_and_draws(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """`deepspeed --num_gpus 2`, killed; `deepspeed --hostfile`, killed; `torchrun` to the end; export and a picture.
 
-
-@pytest.mark.parametrize("name", ["deepspeed --hostfile", "torchrun"])
-def test_every_launcher_starts_the_same_training(
-    run_config: Callable[..., RunConfig], tmp_path: Path, name: str
-) -> None:
-    config = run_config(train={"steps": 2})
+    The hostfile names this node alone: `deepspeed` reaches others by ssh, which has no server on test machines.
+    """
+    config = run_config(train={"steps": 60}, checkpoint={"every": 5})
     (tmp_path / "config.json").write_text(dump_config(config))
-    command = [*launchers(tmp_path)[name], "launcher/train.py", "--config", str(tmp_path / "config.json")]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    training = ["launcher/train.py", "--config", str(tmp_path / "config.json")]
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    address = ["--master_addr", "127.0.0.1", "--master_port", "29632"]
+    on_hosts = ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", "0", *address]
+    for launcher in (["--num_gpus", "2", "--master_port", "29613"], on_hosts):
+        before = last_step(config)
+        with (tmp_path / "log").open("w+") as log:
+            command = [*deepspeed, *launcher, *training]
+            options = dict(cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+            running = subprocess.Popen(command, **options)
+            deadline = time.monotonic() + 150
+            while last_step(config) < before + 7 and running.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert last_step(config) >= before + 7, (tmp_path / "log").read_text()[-3000:]
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+    assert last_step(config) < 60
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29634"]
+    result = subprocess.run([*torchrun, *training], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert sorted(metrics(config)) == [1, 2]
-    assert json.loads((Path(config.run_dir) / "environment.json").read_text())["world_size"] == 2
+    assert list(metrics(config)) == list(range(1, 61))
+    facts = json.loads((Path(config.run_dir) / "environment.json").read_text())
+    assert facts["first_step"] >= 10 and facts["world_size"] == 2
+
+    export, picture = tmp_path / "export", tmp_path / "heart.png"
+    result = run_script(ROOT / "launcher/export.py", config.run_dir, "--out", str(export))
+    assert result.returncode == 0 and "exported step 60" in result.stdout, result.stderr
+    result = run_script(ROOT / "launcher/sample.py", str(export), "red heart", "--seed", "1", "--out", str(picture))
+    assert result.returncode == 0 and picture.read_bytes().startswith(b"\x89PNG"), result.stderr
 
 
 def test_node_py_keeps_exit_codes(tmp_path: Path) -> None:

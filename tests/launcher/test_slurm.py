@@ -130,6 +130,8 @@ def test_a_job_comes_back_after_a_signal_a_lost_node_and_a_cancelled_step(
     config = run_config(**sections)
     job = submit(cluster, site, config)
     wait_until(lambda: last_step(config) >= 10, "at step 10", config)
+    with site.open("a") as lines:
+        lines.write("\nPREFLIGHT=no\n")  # the first start has shown it, and the next test when it comes again
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     start_again_at_once(cluster, job, config, restarts=1)
     end = ends(config)[-1]
@@ -141,7 +143,7 @@ def test_a_job_comes_back_after_a_signal_a_lost_node_and_a_cancelled_step(
     start_again_at_once(cluster, job, config, restarts=2)
 
     wait_until(lambda: last_step(config) >= end["step"] + 24, "24 steps later", config)
-    cluster.run("scancel", f"{job}.1")  # after a failure the nodes are checked first
+    cluster.run("scancel", f"{job}.0")
     start_again_at_once(cluster, job, config, restarts=3)
     wait_until(lambda: cluster.job(job)["JobState"] == "COMPLETED", "completed", config)
 
@@ -174,6 +176,7 @@ def test_a_cancelled_job_stays_cancelled_and_a_signalled_one_comes_back(
         "#!/bin/bash\n"
         f'[[ "$*" == *node.py* ]] || exec {sys.executable} "$@"\n'
         f'echo "$*" >> {tmp_path}/started\n'
+        f"[[ $* == *preflight.py* && -e {tmp_path}/passes_at_once ]] && exit 0\n"
         '[[ "$*" == *preflight.py* ]] && code=0 || code=75\n'
         "trap 'exit $code' USR1 TERM\n"
         "for _ in {1..600}; do sleep 0.1; done\n"
@@ -195,10 +198,17 @@ def test_a_cancelled_job_stays_cancelled_and_a_signalled_one_comes_back(
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     start_again_at_once(cluster, job, config, restarts=2)
     wait_until(lambda: started() == ["preflight"] * 2 + ["train"], "training without another check", config)
+    (tmp_path / "passes_at_once").touch()
+    for process in psutil.process_iter(["cmdline"]):
+        if (process.info["cmdline"] or [])[1:2] == [str(ranks)]:  # bash, which runs it
+            process.kill()
+    start_again_at_once(cluster, job, config, restarts=3)
+    expected = ["preflight"] * 2 + ["train", "preflight", "train"]
+    wait_until(lambda: started() == expected, "training after another check, as after any failure", config)
     cluster.run("scancel", job)
     wait_until(lambda: cluster.job(job).get("JobState") == "CANCELLED", "cancelled", config)
     time.sleep(3)  # Slurm took a requeue for as long as it was completing
-    assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "2"
+    assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "3"
     log = next(Path(config.run_dir).glob("slurm-*.out")).read_text()
     assert log.count("asking the ranks to save") == 3 and "Slurm is ending this job itself: not requeued" in log
 
