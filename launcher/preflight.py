@@ -37,8 +37,8 @@ def main() -> None:
             write_text_atomically(Path(arguments.json), json.dumps(result.as_json(), indent=2) + "\n")
         if result.problems:
             print(f"error: bad nodes: {', '.join(result.problems)}", file=sys.stderr, flush=True)
-    # At once: a thread of gloo that lets go of a tensor while the interpreter ends would abort it ("terminate called
-    # without an active exception"), and a good node would be called bad.
+    # At once: a rank that had passed was once aborted while the interpreter ended ("terminate called without an active
+    # exception", most likely a thread of gloo), and a good node was called bad.
     sys.stdout.flush()
     os._exit(1 if result.problems else 0)
 

@@ -48,7 +48,11 @@ class OpenShard(MDSReader):
     def _open_file(self) -> None:
         descriptor = os.open(os.path.join(self.dirname, self.split, self.raw_data.basename), os.O_RDONLY)
         # The file begins with the number of samples and where each begins and ends, 4 bytes each.
-        self._offsets = np.frombuffer(os.pread(descriptor, 4 * (self.samples + 1), 4), "<u4")
+        table = os.pread(descriptor, 4 * (self.samples + 1), 4)
+        if len(table) != 4 * (self.samples + 1):
+            os.close(descriptor)
+            raise IndexError(f"{self.raw_data.basename} ends within its table of samples")
+        self._offsets = np.frombuffer(table, "<u4")
         self._descriptor = descriptor
         for shard in list(OpenShard._open):
             if len(OpenShard._open) >= MOST_OPEN or os.fstat(shard._descriptor).st_nlink == 0:

@@ -62,3 +62,6 @@ def test_a_file_that_ends_early_is_no_sample(shards: list[OpenShard], tmp_path: 
     shards[4][5]
     with pytest.raises(IndexError, match=r"shard.00004.mds ends within sample 6"):
         shards[4][6]
+    os.truncate(tmp_path / "shard.00005.mds", 10)
+    with pytest.raises(IndexError, match=r"shard.00005.mds ends within its table of samples"):
+        shards[5][0]

@@ -252,7 +252,7 @@ def test_evaluate_agrees_with_the_trainings_own_validation(
             assert found[key] == pytest.approx(value, abs=2e-6)
     if precision == "fp32":
         result = run_script(evaluate, config.run_dir, "model.attention=flash")
-        assert result.returncode == 2
+        assert result.returncode == 2 and "Traceback" not in result.stderr
         assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
 
 

@@ -54,7 +54,8 @@ def test_a_run_goes_on_under_every_launcher_and_draws(run_config: Callable[..., 
             running.wait()
     assert last_step(config) < 60
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29634"]
-    result = subprocess.run([*torchrun, *training], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    command = [*torchrun, *training]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
     assert list(metrics(config)) == list(range(1, 61))
     facts = json.loads((Path(config.run_dir) / "environment.json").read_text())
