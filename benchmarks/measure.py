@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from star_dist.environment import describe_environment
@@ -68,6 +69,13 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def fill_with_noise(model: nn.Module) -> None:
+    """Random values for all parameters, drawn where they are: `initialize_weights` draws on the CPU, for minutes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:

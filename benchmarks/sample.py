@@ -1,11 +1,12 @@
 """How fast pictures are drawn: by resolution and batch, share of every scale, against a naive sampler and the floor.
 
-`python benchmarks/sample.py --config configs/d30.json --batches 1,8,32 --json sample.json`; weights are random,
-which takes the same time as trained ones. --quick draws with two blocks of the model, to see that it runs. The naive
-sampler computes all tokens so far again at every scale, in the same run with the same guidance. The floor is the
-larger of two times: all weights (and the cache) read once per scale at the measured copy bandwidth, and the FLOPs of
-both halves at the measured matrix-product rate. Every round times the matrix product, our sampler and the naive one
-after another; times and ratios are medians over rounds, so that what else the machine does falls on all of them.
+`python benchmarks/sample.py --config configs/d30.json --batches 1,8,32 --json sample.json`; weights are random, which
+takes the same time as trained ones. On a GPU scales are replayed as CUDA graphs and pictures decoded in bf16, as
+`StarPipeline` does. --quick draws with two blocks of the model, to see that it runs. The naive sampler computes all
+tokens so far again at every scale, in the same run with the same guidance. The floor is the larger of two times: all
+weights (and the cache) read once per scale at the measured copy bandwidth, and the FLOPs of both halves at the measured
+matrix-product rate. Every round times the matrix product, our sampler and the naive one after another; times and ratios
+are medians over rounds, so that what else the machine does falls on all of them.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import chosen_device, device_name, median_seconds, print_table, wait_for, write_json
+from measure import chosen_device, device_name, fill_with_noise, median_seconds, print_table, wait_for, write_json
 from tqdm import tqdm
 
 from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
 from star_dist.errors import UserError
+from star_dist.inference.acceleration import RecordedModel
+from star_dist.inference.cached_model import CachedModel, ScaleLogits
+from star_dist.inference.graphs import CudaGraphRecorder
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.sampler import SampledScale, sample_pictures
+from star_dist.model.block_functions import compiled_functions
 from star_dist.model.flops import forward_flops
-from star_dist.model.initialization import initialize_weights
 from star_dist.model.layout import PackedLayout
 from star_dist.model.star import STAR, pack_inputs
 from star_dist.scales import ScaleSchedule
 from star_dist.text import TextFeatures
 from star_dist.tokenizer.config import VQVAEConfig
+from star_dist.tokenizer.pixels import PixelDecoder
 from star_dist.tokenizer.quantizer import MultiScaleQuantizer
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.train.metrics import measured_matmul_flops
@@ -49,6 +54,8 @@ def main() -> None:
     parser.add_argument("--batches", default="1", help="pictures drawn together, separated by commas (default 1)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="timed drawings, of which the median counts (default 5)")
+    parser.add_argument("--compile", action="store_true", help="as star-dist sample --compile draws")
+    parser.add_argument("--no-graphs", action="store_true", help="on a GPU: operation by operation, not as CUDA graphs")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive sampler out")
     parser.add_argument("--no-decode", action="store_true", help="leave the VQ-VAE decoder out")
     parser.add_argument(
@@ -71,6 +78,13 @@ def main() -> None:
     torch.manual_seed(0)
     vqvae = MultiScaleVQVAE(VQVAEConfig(vocab_size=config.tokenizer.vocab_size, code_dim=config.tokenizer.code_dim))
     vqvae = vqvae.to(device).eval().requires_grad_(False)
+    if arguments.compile:
+        model.use_functions(compiled_functions(dynamic=True))
+    text_tokens = config.text.max_tokens  # that the pipeline has room for
+    if device.type == "cuda" and not arguments.no_graphs:
+        reserve = RecordedModel(model, schedule, text_tokens, partial(CudaGraphRecorder, device)).reserve
+    else:
+        reserve = lambda rows, tokens: CachedModel(model, schedule, rows, max(tokens, text_tokens))
     matmul_flops = measured_matmul_flops(device, MATMUL_SIDE[device.type], dtype=dtype, clock=clock)
     bandwidth = measured_bandwidth(device, clock)
     print(f"{device_name(device)}: {matmul_flops / 1e12:.3g} TFLOP/s in {dtype}, {bandwidth / 1e9:.3g} GB/s")
@@ -78,7 +92,7 @@ def main() -> None:
     rows, scale_rows = [], []
     for batch in map(int, arguments.batches.split(",")):
         text, empty = random_text(config.text.width, [TEXT_TOKENS] * batch, [EMPTY_TOKENS])
-        row, shares = measure(model, vqvae, schedule, text, empty, device, bandwidth, arguments, clock)
+        row, shares = measure(model, vqvae, schedule, text, empty, reserve, bandwidth, arguments, clock)
         row = {"resolution": config.resolution, "batch": batch} | row
         rows.append(row)
         scale_rows += [{"batch": batch} | share for share in shares]
@@ -94,17 +108,19 @@ def measure(
     schedule: ScaleSchedule,
     text: TextFeatures,
     empty: TextFeatures,
-    device: torch.device,
+    reserve: Callable[[int, int], ScaleLogits],
     bandwidth: float,
     arguments: argparse.Namespace,
     clock: Callable[[], float],
 ) -> tuple[dict[str, float | None], list[dict[str, float]]]:
     """One row of the table, and the rows of its scales."""
-    batch, repeats = len(text.lengths), arguments.repeats
+    batch, repeats, device = len(text.lengths), arguments.repeats, model.word_embed.weight.device
     quantizer, seeds = vqvae.quantize, list(range(batch))
 
     def draw(on_scale=None):
-        return sample_pictures(model, quantizer, text, empty, schedule, OPTIONS, seeds, on_scale=on_scale)
+        return sample_pictures(
+            model, quantizer, text, empty, schedule, OPTIONS, seeds, on_scale=on_scale, reserve=reserve
+        )
 
     rounds = []
     draw()
@@ -122,9 +138,8 @@ def measure(
         assert torch.equal(drawn.tokens_BL, naive_tokens(model, quantizer, text, empty, schedule))
     decode_s = None
     if not arguments.no_decode:
-        decode_s = median_seconds(
-            lambda: vqvae.decode_quantized(drawn.latent_BCHH), device, repeats, warmup=1, clock=clock
-        )
+        decode = PixelDecoder(vqvae)
+        decode_s = median_seconds(lambda: decode(drawn.latent_BCHH), device, repeats, warmup=2, clock=clock)
     flops = batch * sum(
         sum(forward_flops(model.config, schedule, length).values()) for length in (TEXT_TOKENS, EMPTY_TOKENS)
     )
@@ -202,9 +217,10 @@ def naive_tokens(
 
 
 def random_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> STAR:
-    model = STAR(config.star_config())
-    initialize_weights(model, seed=0)
-    return model.to(device, dtype).eval().requires_grad_(False)
+    with device:
+        model = STAR(config.star_config()).to(dtype)
+    fill_with_noise(model)
+    return model.eval().requires_grad_(False)
 
 
 def random_text(width: int, lengths: list[int], empty_lengths: list[int]) -> tuple[TextFeatures, TextFeatures]:

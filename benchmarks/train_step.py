@@ -1,17 +1,20 @@
 """One training step of the transformer: pictures/s, MFU, peak memory and where the time goes.
 
-    python benchmarks/train_step.py [--quick] [--against dense] [--profile TRACE.json] [--json FILE]
+    python benchmarks/train_step.py [--quick] [--against dense] [--model d30] [--resolution 256] [--profile TRACE.json]
+        [--json FILE] [NAME=VALUE …]
 
-A step is forward, backward, clipping and fused AdamW on one device, on random tokens and 77-token captions; the
-trainer reports the same numbers of a whole DeepSpeed run as throughput/ in metrics.jsonl. On a GPU: d16 and d30 in bf16
-with fp32 optimizer states at the three resolutions; on a CPU: d8 in float32 at 256 and 512. --against dense also runs
-the step that a dense additive mask through SDPA and logits of the whole batch make of the same model; --compile our
-step with train.compile, too. Peak memory is what a step holds beyond weights and optimizer states. --profile writes a
-Chrome trace (chrome://tracing, Perfetto) and the table of the largest kernels.
+A step is forward, backward, clipping and fused AdamW on one device, on random tokens and 77-token captions; the trainer
+reports the same numbers of a whole DeepSpeed run as throughput/ in metrics.jsonl. On a GPU: d16 and d30 in bf16 with
+fp32 optimizer states at the three resolutions, with their configs' micro-batch, activation checkpointing and
+train.compile, or the values given (train.micro_batch=32); on a CPU: d8 in float32 at 256 and 512. --against dense also
+runs the step that a dense additive mask through SDPA and logits of the whole batch make of the same model; --compile
+our step with train.compile, too. Peak memory is what a step holds beyond weights and optimizer states. --profile writes
+a Chrome trace (chrome://tracing, Perfetto) and the table of the largest kernels.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +24,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from attention import CONFIGS, DenseMaskKernel
-from measure import chosen_device, device_name, median_seconds, peak_bytes, print_table, wait_for, write_json
+from measure import (
+    chosen_device,
+    device_name,
+    fill_with_noise,
+    median_seconds,
+    peak_bytes,
+    print_table,
+    wait_for,
+    write_json,
+)
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -32,7 +44,6 @@ from star_dist.model.attention import PackedAttention
 from star_dist.model.block_functions import BlockFunctions, compiled_functions
 from star_dist.model.config import StarConfig
 from star_dist.model.flops import training_flops
-from star_dist.model.initialization import initialize_weights
 from star_dist.model.layout import PackedLayout
 from star_dist.model.recompute import Recompute
 from star_dist.model.rope import Rotary, rotate
@@ -59,6 +70,7 @@ class Case:
     batch: int
     dtype: torch.dtype
     recompute: Recompute
+    compile: bool
 
 
 def eager_rotate_and_normalize(x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None) -> Tensor:
@@ -101,9 +113,9 @@ def build_step(kind: Callable[..., STAR], case: Case, device: torch.device) -> C
     """A closure that runs one step."""
     torch.manual_seed(0)
     config = StarConfig(depth=case.depth, scales=case.schedule.sides)
-    model = kind(config, recompute=case.recompute)
-    initialize_weights(model, 0)
-    model.to(device, case.dtype)
+    with device:
+        model = kind(config, recompute=case.recompute).to(case.dtype)
+    fill_with_noise(model)
     masters = [p.detach().float().requires_grad_() for p in model.parameters()] if case.dtype != torch.float32 else None
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(masters or parameters, lr=1e-4, fused=True)
@@ -122,7 +134,8 @@ def build_step(kind: Callable[..., STAR], case: Case, device: torch.device) -> C
                 master.grad = parameter.grad.float()
         optimizer.step()
         if masters is not None:
-            torch._foreach_copy_(parameters, masters)
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, masters)
         model.zero_grad(set_to_none=True)
 
     return step
@@ -164,20 +177,27 @@ def run_profile(step: Callable[[], None], device: torch.device) -> profile:
     return record
 
 
-def cases(device: torch.device, quick: bool) -> list[Case]:
+def cases(device: torch.device, arguments: argparse.Namespace) -> list[Case]:
     found = []
-    on_gpu = device.type == "cuda"
+    on_gpu, quick = device.type == "cuda", arguments.quick
     for resolution, name in CONFIGS.items():
-        config = load_config(RunConfig, Path(__file__).parents[1] / "configs" / name)
-        if on_gpu:
-            batch = config.train.micro_batch
-            mode = config.train.activation_checkpointing
-            depths = (30,) if quick else (16, 30)
-            found += [Case(depth, resolution, config.schedule, batch, torch.bfloat16, mode) for depth in depths]
-        elif resolution < 1024:
-            batches = (1,) if quick or resolution > 256 else (1, 4)
-            depth = 4 if quick else 8
-            found += [Case(depth, resolution, config.schedule, batch, torch.float32, "none") for batch in batches]
+        config = load_config(RunConfig, Path(__file__).parents[1] / "configs" / name, arguments.overrides)
+        depths = (30,) if quick else (16, 30)
+        batches = (config.train.micro_batch,)
+        if not on_gpu:
+            depths = (4,) if quick else (8,)
+            batches = () if resolution > 512 else (1,) if quick or resolution > 256 else (1, 4)
+        if arguments.model:
+            depths = tuple(int(model.removeprefix("d")) for model in arguments.model)
+        if arguments.resolution and resolution not in arguments.resolution:
+            continue
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        train = config.train
+        found += [
+            Case(depth, resolution, config.schedule, batch, dtype, train.activation_checkpointing, train.compile)
+            for depth in depths
+            for batch in batches
+        ]
     return found[:1] if quick and not on_gpu else found
 
 
@@ -186,32 +206,45 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, fewer repeats")
     parser.add_argument("--against", choices=["dense"], help="also measure the step with a dense mask")
     parser.add_argument("--compile", action="store_true", help="also measure the step with train.compile")
+    parser.add_argument("--model", action="append", metavar="dN", help="of this depth alone; may be repeated")
+    parser.add_argument("--resolution", action="append", type=int, choices=CONFIGS, help="alone; may be repeated")
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="write a Chrome trace of the last case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the configs")
     arguments = parser.parse_args()
     device = chosen_device()
     peak, peak_source = device_peak_flops(device)
     repeats = 2 if arguments.quick else 5
-    kinds: dict[str, Callable[..., STAR]] = {"star-dist": STAR}
-    kinds |= {"star-dist, compiled": compiled_star} if arguments.compile else {}
-    kinds |= {"dense mask": DenseStar} if arguments.against else {}
-    todo = [(case, name) for case in cases(device, arguments.quick) for name in kinds]
-    rows = []
-    for case, name in tqdm(todo, desc="train step", unit="case"):
+    todo: list[tuple[Case, str, Callable[..., STAR]]] = []
+    for case in cases(device, arguments):
+        todo.append((case, "star-dist", compiled_star if case.compile else STAR))
+        if arguments.compile:
+            todo.append((case, "star-dist, compiled", compiled_star))
+        if arguments.against:
+            todo.append((case, "dense mask", DenseStar))
+    rows: list[dict[str, Any]] = []
+    for case, name, kind in tqdm(todo, desc="train step", unit="case"):
         facts = {"model": f"d{case.depth}", "resolution": case.resolution, "batch": case.batch, "step": name}
-        rows.append(facts | measure(kinds[name], case, device, peak, repeats))
+        try:
+            rows.append(facts | measure(kind, case, device, peak, repeats))
+        except torch.OutOfMemoryError:
+            rows.append(facts | {"failed": "out of memory"})
     if arguments.against:
-        for first in range(0, len(rows), len(kinds)):
-            of_case = rows[first : first + len(kinds)]
+        per_case = 2 + arguments.compile
+        for of_case in (rows[first : first + per_case] for first in range(0, len(rows), per_case)):
             for row in of_case:
-                row["speedup"] = of_case[-1]["step_s"] / row["step_s"]
-                row["memory_ratio"] = row["peak_gib"] / of_case[-1]["peak_gib"]
-    print_table(f"Training step on {device_name(device)}; MFU of {peak / 1e12:.4g} TFLOP/s ({peak_source})", rows)
+                if "failed" not in row and "failed" not in of_case[-1]:
+                    row["speedup"] = of_case[-1]["step_s"] / row["step_s"]
+                    row["memory_ratio"] = row["peak_gib"] / of_case[-1]["peak_gib"]
+    heads = dict.fromkeys(head for row in rows for head in row)
+    title = f"Training step on {device_name(device)}; MFU of {peak / 1e12:.4g} TFLOP/s ({peak_source})"
+    print_table(title, [{head: row.get(head) for head in heads} for row in rows])
     if arguments.profile is not None:
-        record = run_profile(build_step(STAR, todo[-1][0], device), device)
+        ours = [(case, kind) for case, _, kind in todo if kind is not DenseStar]
+        record = run_profile(build_step(ours[-1][1], ours[-1][0], device), device)
         record.export_chrome_trace(str(arguments.profile))
         order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        print(record.key_averages().table(sort_by=order, row_limit=20))
+        print(record.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=100))
         print(f"trace written to {arguments.profile}")
     write_json(arguments.json, device, {"peak_tflops": peak / 1e12, "train_step": rows})
 

@@ -1,4 +1,4 @@
-"""Drawing with recorded graphs, one for each scale and number of rows, kept from one drawing to the next; compilation.
+"""Drawing with recorded graphs of every scale and of the texts, one for each number of rows, kept for later drawings.
 
 R rows, N tokens of one scale, V codebook size.
 """
@@ -6,7 +6,8 @@ R rows, N tokens of one scale, V codebook size.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,20 +19,6 @@ from star_dist.scales import ScaleSchedule
 
 # With guidance a batch has graphs of two numbers of rows where the last scales are not guided.
 KEPT_ROW_COUNTS = 4
-
-
-def compile_blocks(model: STAR, schedule: ScaleSchedule) -> None:
-    """torch.compile of every block for this process's lifetime: once per scale and number of rows, all layers share it.
-
-    Fuses the norms, rotations, GELU and sums between the matrix products.
-    """
-    import torch._dynamo  # PyTorch's compiler, which takes seconds to import
-
-    # Beyond PyTorch's own limit of 8 shapes it would run the rest operation by operation.
-    shapes = KEPT_ROW_COUNTS * len(schedule)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * shapes)
-    for block in model.blocks:
-        block.compile(dynamic=False)
 
 
 class RecordedModel:
@@ -47,11 +34,13 @@ class RecordedModel:
         self.model, self.schedule, self.new_recorder = model, schedule, new_recorder
         self.text_tokens = text_tokens
         self.recorded: OrderedDict[int, dict[int, RecordedFunction]] = OrderedDict()
+        self.texts: dict[int, tuple[Tensor, Callable[[], None]]] = {}
         self._forget()
 
     def _forget(self) -> None:
         """Gives all memory back."""
         self.recorded.clear()
+        self.texts.clear()
         self.record: Recorder | None = None
         self.plain: CachedModel | None = None
         self.logits_memory: Tensor | None = None
@@ -74,21 +63,37 @@ class RecordedModel:
         return self
 
     def set_text(self, hidden_SW: Tensor, starts: tuple[int, ...], lengths: tuple[int, ...]) -> None:
-        self.plain.set_text(hidden_SW, starts, lengths)
+        plain, rows = self.plain, len(lengths)
+        hidden_RSW = plain.cache.lay_out_text(hidden_SW.to(plain.device, plain.dtype), starts, lengths)
+        if rows not in self.texts:
+            # All that fits: of what lies beyond a row's own text the keys are masked.
+            kept = hidden_RSW.new_zeros(rows, plain.cache.text_tokens, hidden_RSW.shape[-1])
+            with self._whole_or_forgotten():
+                self.texts[rows] = kept, self.record(lambda: plain.cache.write_text(kept))
+        kept, replay = self.texts[rows]
+        kept[:, : hidden_RSW.shape[1]] = hidden_RSW
+        replay()
 
     def logits(self, scale: int, inputs: Tensor) -> Tensor:
         rows = len(inputs)
         of_rows = self.recorded.setdefault(rows, {})
         self.recorded.move_to_end(rows)
         while len(self.recorded) > KEPT_ROW_COUNTS:
-            self.recorded.popitem(last=False)
+            dropped, _ = self.recorded.popitem(last=False)
+            self.texts.pop(dropped, None)
         if scale not in of_rows:
-            try:
+            with self._whole_or_forgotten():
                 of_rows[scale] = self._recorded(scale, inputs)
-            except BaseException:  # most likely memory: nothing is recorded into what a broken recording has left
-                self._forget()
-                raise
         return of_rows[scale].replay(inputs)
+
+    @contextmanager
+    def _whole_or_forgotten(self) -> Iterator[None]:
+        """Where a recording breaks, most likely for memory, nothing is recorded into what it has left."""
+        try:
+            yield
+        except BaseException:
+            self._forget()
+            raise
 
     def _recorded(self, scale: int, inputs: Tensor) -> RecordedFunction:
         plain, rows, tokens = self.plain, len(inputs), self.schedule.lengths[scale]

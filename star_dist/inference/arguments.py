@@ -22,7 +22,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cuda, cuda:1, cpu … (default: a GPU if there is one)")
     group.add_argument("--dtype", choices=("bf16", "fp32"), help="of the transformer (default: bf16 on a GPU)")
     group.add_argument("--no-graphs", action="store_true", help="no CUDA graphs, which a GPU has by default")
-    group.add_argument("--compile", action="store_true", help="compile the blocks; the first drawing takes long then")
+    group.add_argument("--compile", action="store_true", help="torch.compile; the first drawing takes longer then")
 
 
 def load_pipeline(arguments: argparse.Namespace) -> StarPipeline:

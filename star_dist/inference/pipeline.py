@@ -24,11 +24,12 @@ from star_dist.export import (
     load_public_extras,
     write_inference_folder,
 )
-from star_dist.inference.acceleration import RecordedModel, compile_blocks
+from star_dist.inference.acceleration import RecordedModel
 from star_dist.inference.cached_model import CachedModel, ScaleLogits
 from star_dist.inference.graphs import CudaGraphRecorder, Recorder
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.sampler import KnownTokens, SampledPictures, SampledScale, sample_pictures
+from star_dist.model.block_functions import PLAIN, compiled_functions
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.text import TextEncoder
@@ -159,16 +160,15 @@ class StarPipeline:
         """How the transformer runs from now on; call it again where its weights were changed in place.
 
         graphs: record every scale as a CUDA graph in the first drawing of each batch size and replay it in later ones;
-        null is on where the pipeline is on a GPU. compile: torch.compile of every block too, which takes a while in
-        the first drawing of each batch size; blocks stay compiled.
+        null is on where the pipeline is on a GPU. compile: what lies between a block's products and attention goes
+        through torch.compile, once for all scales and batch sizes; the first drawing waits for that.
 
         Raises:
             UserError: graphs without a GPU.
         """
         if graphs and self.device.type != "cuda":
             raise UserError(f"CUDA graphs need a GPU, the pipeline is on {self.device}; leave them off")
-        if compile:
-            compile_blocks(self.model, self.schedule)
+        self.model.use_functions(compiled_functions(dynamic=True) if compile else PLAIN)
         self.recorded = None
         if graphs or (graphs is None and self.device.type == "cuda"):
             self.record_with(partial(CudaGraphRecorder, self.device))

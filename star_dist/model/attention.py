@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from star_dist.model.block_functions import PLAIN, BlockFunctions
 from star_dist.model.kernels.base import Kernel, KernelUnavailable
 from star_dist.model.kernels.flash import flash_kernel
 from star_dist.model.kernels.reference import ReferenceKernel
@@ -75,24 +76,31 @@ class PackedAttention:
 
 
 @lru_cache(maxsize=32)
-def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, *, training: bool) -> Kernel:
+def choose_kernel(
+    name: str, device: torch.device, dtype: torch.dtype, *, training: bool, functions: BlockFunctions = PLAIN
+) -> Kernel:
     """The kernel of a name of `KERNELS`, ready to run on a device in a precision; for training also backwards.
+
+    functions: plain or compiled, of which a kernel takes what it needs.
 
     Raises:
         KernelUnavailable: it cannot run there. `auto` never raises: it takes what can.
     """
     if name == "auto":
         try:
-            return flash_kernel(device, dtype)
+            return flash_kernel(device, dtype, functions.sum_prefixes)
         except KernelUnavailable:
-            return SdpaKernel()
+            return SdpaKernel(functions.sum_prefixes)
     if name == "flash":
-        return flash_kernel(device, dtype)
+        return flash_kernel(device, dtype, functions.sum_prefixes)
     if name == "flex":
         from star_dist.model.kernels.flex import flex_kernel  # imports PyTorch's compiler, which takes seconds
 
         return flex_kernel(device, training)
-    return {"sdpa": SdpaKernel, "reference": ReferenceKernel}[check_kernel_name(name)]()
+    if name == "sdpa":
+        return SdpaKernel(functions.sum_prefixes)
+    check_kernel_name(name)
+    return ReferenceKernel()
 
 
 def check_kernel_name(name: str) -> str:

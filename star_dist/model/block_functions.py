@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from star_dist.model.kernels.scale_by_scale import SumPrefixes, sum_prefixes, sum_prefixes_for_compiler
 from star_dist.model.qk_norm import backward_pass, forward_pass, rotate_and_normalize
 
 LAYER_NORM_EPS = 1e-6
@@ -34,10 +35,11 @@ def add_and_norm(x_TD: Tensor, branch_TD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class BlockFunctions:
-    """add_and_norm, rotate_and_normalize: as the functions of these names, through `compiler`."""
+    """add_and_norm, rotate_and_normalize, sum_prefixes: as the functions of these names, through `compiler`."""
 
-    def __init__(self, compiler: Compiler) -> None:
+    def __init__(self, compiler: Compiler, sum_prefixes: SumPrefixes = sum_prefixes) -> None:
         self.add_and_norm = compiler(add_and_norm)
+        self.sum_prefixes = compiler(sum_prefixes)
         passes = compiler(forward_pass), compiler(backward_pass)
         self.rotate_and_normalize = partial(rotate_and_normalize, passes=passes)
 
@@ -46,6 +48,9 @@ PLAIN = BlockFunctions(lambda function: function)
 
 
 @cache
-def compiled_functions() -> BlockFunctions:
-    """The functions through torch.compile: once per process, because what is compiled belongs to their code."""
-    return BlockFunctions(torch.compile)
+def compiled_functions(dynamic: bool | None = None) -> BlockFunctions:
+    """The functions through torch.compile: once per process, because what is compiled belongs to their code.
+
+    dynamic: true compiles for all shapes at once, null for the first shape and, when another comes, for all others.
+    """
+    return BlockFunctions(partial(torch.compile, dynamic=dynamic), sum_prefixes_for_compiler)

@@ -46,14 +46,23 @@ class KeyValueCache:
 
         hidden_SW: text features, packed. starts, lengths: where the text of each row stands there; rows may share one.
         """
+        self.write_text(self.lay_out_text(hidden_SW, starts, lengths))
+
+    def lay_out_text(self, hidden_SW: Tensor, starts: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
+        """Text features row by row, padded to the longest, (R, S, W); rows attend to their own lengths from now on."""
         index_RS, present_RS = (copy_to_device(x, hidden_SW.device) for x in padded_text_index(starts, lengths))
         rows, longest = index_RS.shape
         self.text_mask_R11S.zero_()
         self.text_mask_R11S[:rows, 0, 0, :longest] = present_RS
+        return hidden_SW[index_RS]
+
+    def write_text(self, hidden_RSW: Tensor) -> None:
+        """Computes every layer's keys and values of these texts, in place."""
+        rows, longest = hidden_RSW.shape[:2]
         for layer, (keys, values) in enumerate(zip(self.text_keys, self.text_values)):
-            key_SHd, value_SHd = self.blocks[layer].cross_attn.text_key_value(hidden_SW)
-            keys[:rows, :longest] = key_SHd[index_RS]
-            values[:rows, :longest] = value_SHd[index_RS]
+            key_RSHd, value_RSHd = self.blocks[layer].cross_attn.text_key_value(hidden_RSW)
+            keys[:rows, :longest] = key_RSHd
+            values[:rows, :longest] = value_RSHd
 
     def begin_scale(self, start: int, end: int, rows: int) -> None:
         """The tokens that come next are [start, end) of the first `rows` rows.

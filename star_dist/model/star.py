@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from star_dist.model.attention import AttentionContext, PackedAttention, check_kernel_name, choose_kernel
 from star_dist.model.block_functions import PLAIN, BlockFunctions, layer_norm
 from star_dist.model.blocks import Block
-from star_dist.model.chunked_loss import LinearCrossEntropy
+from star_dist.model.chunked_loss import LinearCrossEntropy, fast_float32_products
 from star_dist.model.config import StarConfig
 from star_dist.model.layout import PackedLayout
 from star_dist.model.recompute import Recompute, run_block
@@ -28,7 +28,8 @@ class Head(nn.Linear):
         x_TD = layer_norm(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
         if targets_T is not None:
             return LinearCrossEntropy.apply(x_TD, self.weight, self.bias, targets_T)
-        return F.linear(x_TD, self.weight.to(x_TD.dtype), self.bias.to(x_TD.dtype))
+        with fast_float32_products(self.weight.dtype, x_TD.device):
+            return F.linear(x_TD, self.weight.to(x_TD.dtype), self.bias.to(x_TD.dtype))
 
 
 class STAR(nn.Module):
@@ -49,6 +50,7 @@ class STAR(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.functions = functions
         self.attention = check_kernel_name(attention)
         self.encoder_proj = nn.Linear(config.text_width, config.width)
         self.pos_start = nn.Parameter(torch.empty(1, 1, config.width))
@@ -58,6 +60,12 @@ class STAR(nn.Module):
             self.pos_embed = nn.Embedding(ScaleSchedule(config.scales).num_tokens, config.width)
         self.blocks = nn.ModuleList(Block(config, functions) for _ in range(config.depth))
         self.head_logits = Head(config.width, config.vocab_size)
+
+    def use_functions(self, functions: BlockFunctions) -> None:
+        """Runs with other functions from now on."""
+        for module in self.modules():
+            if hasattr(module, "functions"):
+                module.functions = functions
 
     def start_token(self, pooled_BW: Tensor) -> Tensor:
         """Input at the 1x1 scale, from the pooled text; (B, W) -> (B, D)."""
@@ -113,7 +121,8 @@ class STAR(nn.Module):
         x_TD = x_TD.index_copy(0, layout.first_tokens(device), self.start_token(pooled_BW.to(dtype)))
         positions = layout.positions(device) if positions_T is None else positions_T
         x_TD = self.add_positions(x_TD, layout.scale_ids(device), positions)
-        kernel = choose_kernel(self.attention, device, dtype, training=torch.is_grad_enabled())
+        training = torch.is_grad_enabled()
+        kernel = choose_kernel(self.attention, device, dtype, training=training, functions=self.functions)
         context = PackedAttention(layout, kernel, device)
         x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device, positions_T), context)
         return self.head_logits(x_TD, targets_T)

@@ -17,7 +17,12 @@ from star_dist.model.attention import PackedAttention, choose_kernel
 from star_dist.model.kernels import flash
 from star_dist.model.kernels.base import Kernel, KernelUnavailable
 from star_dist.model.kernels.reference import ReferenceKernel, block_causal_mask
-from star_dist.model.kernels.scale_by_scale import ScalePrefixes
+from star_dist.model.kernels.scale_by_scale import (
+    SumPrefixes,
+    scale_prefixes,
+    sum_prefixes,
+    sum_prefixes_for_compiler,
+)
 from star_dist.model.kernels.sdpa import SdpaKernel
 from star_dist.model.layout import PackedLayout
 from star_dist.scales import ScaleSchedule
@@ -201,9 +206,13 @@ def test_gradients_of_earlier_scales_ignore_later_keys(kernel: Kernel) -> None:
 # ------------------------------------------------------------------------------------------- gradients and memory
 
 
-def test_gradients_of_the_custom_function_are_exact() -> None:
+both_sums = pytest.mark.parametrize("sum_prefixes", [sum_prefixes, sum_prefixes_for_compiler])
+
+
+@both_sums
+def test_gradients_of_the_custom_function_are_exact(sum_prefixes: SumPrefixes) -> None:
     x = torch.randn(2, SMALL.num_tokens, 1, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: ScalePrefixes.apply(x, SMALL.ends), x)
+    assert torch.autograd.gradcheck(lambda x: scale_prefixes(x, SMALL, sum_prefixes), x)
 
 
 @pytest.mark.parametrize("gathered_tokens", [0, SMALL.ends[1], ALL])
@@ -215,11 +224,12 @@ def test_gradients_of_the_whole_attention_are_exact(gathered_tokens: int) -> Non
     assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
 
 
-def test_gradients_of_keys_are_added_in_float32() -> None:
+@both_sums
+def test_gradients_of_keys_are_added_in_float32(sum_prefixes: SumPrefixes) -> None:
     """Ten scales' gradients added in bf16 would round ten times."""
     schedule = SCHEDULES[256]
     x = torch.zeros(1, schedule.num_tokens, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    prefixes = ScalePrefixes.apply(x, schedule.ends)
+    prefixes = scale_prefixes(x, schedule, sum_prefixes)
     parts = [torch.rand(prefix.shape).bfloat16() for prefix in prefixes]
     (found,) = torch.autograd.grad(prefixes, x, parts)
     exact = sum(torch.nn.functional.pad(p.float(), (0, 0, 0, 0, 0, schedule.num_tokens - p.shape[1])) for p in parts)

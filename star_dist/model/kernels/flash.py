@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from star_dist.model.kernels.base import SOFTMAX_SCALE, KernelUnavailable
-from star_dist.model.kernels.scale_by_scale import DenseAttention, VarlenAttention, attend_scale_by_scale
+from star_dist.model.kernels.scale_by_scale import (
+    DenseAttention,
+    SumPrefixes,
+    VarlenAttention,
+    attend_scale_by_scale,
+    sum_prefixes,
+)
 from star_dist.model.kernels.sdpa import scaled_dot_product
 from star_dist.model.layout import PackedLayout
 
@@ -37,14 +43,27 @@ class FlashLibrary:
 
 
 class FlashKernel:
-    def __init__(self, library: FlashLibrary, gathered_tokens: int = GATHERED_TOKENS) -> None:
+    def __init__(
+        self,
+        library: FlashLibrary,
+        gathered_tokens: int = GATHERED_TOKENS,
+        sum_prefixes: SumPrefixes = sum_prefixes,
+    ) -> None:
         self.library = library
+        self.sum_prefixes = sum_prefixes
         self.gathered_tokens = gathered_tokens
         self.description = f"flash ({library.name})"
 
     def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: PackedLayout) -> Tensor:
         return attend_scale_by_scale(
-            query_THd, key_THd, value_THd, layout, self.library.dense, self.library.varlen, self.gathered_tokens
+            query_THd,
+            key_THd,
+            value_THd,
+            layout,
+            self.library.dense,
+            self.library.varlen,
+            self.gathered_tokens,
+            self.sum_prefixes,
         )
 
     def prepare_text(self, layout: PackedLayout, device: torch.device) -> TextOffsets:
@@ -58,7 +77,7 @@ class FlashKernel:
         return self.library.varlen(query_THd, key_SHd, value_SHd, *text)
 
 
-def flash_kernel(device: torch.device, dtype: torch.dtype) -> FlashKernel:
+def flash_kernel(device: torch.device, dtype: torch.dtype, sum_prefixes: SumPrefixes = sum_prefixes) -> FlashKernel:
     """The flash kernel of this machine.
 
     Raises:
@@ -71,7 +90,8 @@ def flash_kernel(device: torch.device, dtype: torch.dtype) -> FlashKernel:
             f"attention kernel flash takes bfloat16 or float16, not {dtype}; set train.precision to bf16, or "
             f"model.attention to auto or sdpa"
         )
-    return FlashKernel(flash_library(torch.cuda.get_device_capability(device)[0]))
+    library = flash_library(torch.cuda.get_device_capability(device)[0])
+    return FlashKernel(library, sum_prefixes=sum_prefixes)
 
 
 @lru_cache(maxsize=8)

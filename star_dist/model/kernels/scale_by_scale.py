@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from star_dist.model.kernels.base import join
@@ -29,6 +30,31 @@ VarlenAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], T
 
 Offsets = tuple[Tensor, Tensor, int, int]
 
+SumPrefixes = Callable[[tuple[Tensor, ...]], Tensor]
+"""Adds up tensors (B, end, H, d) of rising lengths, in float32; (B, L, H, d) in their own precision."""
+
+
+def sum_prefixes(gradients: tuple[Tensor, ...]) -> Tensor:
+    """Operation by operation, in one buffer."""
+    dtype = gradients[-1].dtype
+    total = gradients[-1].to(torch.promote_types(dtype, torch.float32), copy=True)
+    for gradient in gradients[:-1]:
+        total[:, : gradient.shape[1]] += gradient
+    return total.to(dtype)
+
+
+def sum_prefixes_for_compiler(gradients: tuple[Tensor, ...]) -> Tensor:
+    """The same sum as the compiler makes one kernel of: every gradient is read once, and no sum is written in between.
+
+    It would inline the one above over and over.
+    """
+    dtype, longest = gradients[-1].dtype, gradients[-1].shape[1]
+    precise = torch.promote_types(dtype, torch.float32)
+    total = gradients[-1].to(precise)
+    for gradient in gradients[:-1]:
+        total = total + F.pad(gradient.to(precise), (0, 0, 0, 0, 0, longest - gradient.shape[1]))
+    return total.to(dtype)
+
 
 def attend_scale_by_scale(
     query_THd: Tensor,
@@ -38,6 +64,7 @@ def attend_scale_by_scale(
     dense: DenseAttention,
     varlen: VarlenAttention | None = None,
     gathered_tokens: int = 0,
+    sum_prefixes: SumPrefixes = sum_prefixes,
 ) -> Tensor:
     """Block-causal attention; (T, H, d).
 
@@ -50,7 +77,8 @@ def attend_scale_by_scale(
         leading = run.schedule.scales_within(gathered_tokens)
         lengths = run.schedule.lengths
         queries = query.split([sum(lengths[:leading]), *lengths[leading:]], dim=1)
-        parts.append((leading, queries, scale_prefixes(key, run.schedule), scale_prefixes(value, run.schedule)))
+        keys, values = (scale_prefixes(x, run.schedule, sum_prefixes) for x in (key, value))
+        parts.append((leading, queries, keys, values))
     outputs = [
         [dense(q, k, v) for q, k, v in zip(queries[1:], keys[leading:], values[leading:])]
         for leading, queries, keys, values in parts
@@ -120,26 +148,24 @@ def gathered_offsets(schedules: tuple[ScaleSchedule, ...], gathered_tokens: int,
     return copy_to_device(starts[0], device), copy_to_device(starts[1], device), max(queries), max(keys)
 
 
-def scale_prefixes(x_BLHd: Tensor, schedule: ScaleSchedule) -> tuple[Tensor, ...]:
+def scale_prefixes(
+    x_BLHd: Tensor, schedule: ScaleSchedule, sum_prefixes: SumPrefixes = sum_prefixes
+) -> tuple[Tensor, ...]:
     """For every scale the view of what it sees, (B, end, H, d) each."""
-    return ScalePrefixes.apply(x_BLHd, schedule.ends)
+    return ScalePrefixes.apply(x_BLHd, schedule.ends, sum_prefixes)
 
 
 class ScalePrefixes(torch.autograd.Function):
-    """Views of all prefixes, whose gradients are added up in one float32 buffer.
+    """Views of all prefixes, whose gradients are added up in float32.
 
     Slicing would make autograd pad each scale's gradient to full length and add those in the activations' precision.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BLHd: Tensor, ends: tuple[int, ...]) -> tuple[Tensor, ...]:
-        ctx.ends, ctx.dtype = ends, x_BLHd.dtype
+    def forward(ctx: Any, x_BLHd: Tensor, ends: tuple[int, ...], sum_prefixes: SumPrefixes) -> tuple[Tensor, ...]:
+        ctx.sum_prefixes = sum_prefixes
         return tuple(x_BLHd[:, :end] for end in ends)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # The last scale sees everything, so its gradient starts the sum.
-        total = gradients[-1].to(torch.promote_types(ctx.dtype, torch.float32), copy=True)
-        for end, gradient in zip(ctx.ends[:-1], gradients[:-1]):
-            total[:, :end] += gradient
-        return total.to(ctx.dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.sum_prefixes(gradients), None, None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from star_dist.model.kernels.base import SOFTMAX_SCALE, join
-from star_dist.model.kernels.scale_by_scale import attend_scale_by_scale
+from star_dist.model.kernels.scale_by_scale import SumPrefixes, attend_scale_by_scale, sum_prefixes
 from star_dist.model.layout import PackedLayout, copy_to_device
 
 TextPadding = tuple[Tensor, Tensor]
@@ -16,8 +16,13 @@ TextPadding = tuple[Tensor, Tensor]
 class SdpaKernel:
     description = f"sdpa (PyTorch {torch.__version__})"
 
+    def __init__(self, sum_prefixes: SumPrefixes = sum_prefixes) -> None:
+        self.sum_prefixes = sum_prefixes
+
     def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: PackedLayout) -> Tensor:
-        return attend_scale_by_scale(query_THd, key_THd, value_THd, layout, scaled_dot_product)
+        return attend_scale_by_scale(
+            query_THd, key_THd, value_THd, layout, scaled_dot_product, sum_prefixes=self.sum_prefixes
+        )
 
     def prepare_text(self, layout: PackedLayout, device: torch.device) -> list[TextPadding]:
         """For every run of samples, where its text tokens stand, padded to a rectangle."""
