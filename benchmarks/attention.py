@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
-from star_dist.model.attention import choose_kernel
+from star_dist.model.attention import PackedAttention, choose_kernel
 from star_dist.model.kernels.base import Kernel, KernelUnavailable
 from star_dist.model.kernels.flash import GATHERED_TOKENS, LIBRARIES, FlashKernel
 from star_dist.model.kernels.reference import block_causal_mask
@@ -102,7 +102,7 @@ def measure(problem: Problem, kernel: Kernel, backwards: bool, repeats: int) -> 
     """Seconds and memory of one layer's attention."""
     layout = PackedLayout.uniform(problem.schedule, problem.batch)
     return measure_call(
-        lambda q, k, v: kernel.block_causal(q, k, v, layout), problem, layout.num_tokens, backwards, repeats
+        PackedAttention(layout, kernel, problem.device).attend_image, problem, layout.num_tokens, backwards, repeats
     )
 
 

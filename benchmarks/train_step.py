@@ -18,6 +18,7 @@ import argparse
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,12 @@ from tqdm import tqdm
 from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
 from star_dist.model.attention import PackedAttention
-from star_dist.model.block_functions import BlockFunctions, compiled_functions
+from star_dist.model.block_functions import PLAIN, BlockFunctions, compiled_blocks, compiled_functions
 from star_dist.model.config import StarConfig
 from star_dist.model.flops import training_flops
 from star_dist.model.layout import PackedLayout
+from star_dist.model.qk_norm import differentiable_rotate_and_normalize
 from star_dist.model.recompute import Recompute
-from star_dist.model.rope import Rotary, rotate
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.train.metrics import device_peak_flops
@@ -70,19 +71,13 @@ class Case:
     batch: int
     dtype: torch.dtype
     recompute: Recompute
-    compile: bool
-
-
-def eager_rotate_and_normalize(x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None) -> Tensor:
-    """What `rotate_and_normalize` is in PyTorch's own operations."""
-    unit_THd = F.normalize(x_THd.float() if rotary is None else rotate(x_THd.float(), rotary), dim=-1)
-    return (unit_THd if factor_H1 is None else unit_THd * factor_H1).to(x_THd.dtype)
+    compile: str
 
 
 class SingleOperations(BlockFunctions):
     def __init__(self) -> None:
         super().__init__(lambda function: function)
-        self.rotate_and_normalize = eager_rotate_and_normalize
+        self.rotate_and_normalize = differentiable_rotate_and_normalize
 
 
 class DenseStar(STAR):
@@ -104,9 +99,10 @@ class DenseStar(STAR):
         return F.cross_entropy(logits_TV, targets_T, reduction="none"), logits_TV.argmax(-1) == targets_T
 
 
-def compiled_star(*arguments: Any, **options: Any) -> STAR:
+def star(compile: str) -> Callable[..., STAR]:
     """A STAR as `train.compile` runs it."""
-    return STAR(*arguments, **options, functions=compiled_functions())
+    functions = {"none": lambda: PLAIN, "functions": compiled_functions, "blocks": compiled_blocks}[compile]()
+    return partial(STAR, functions=functions)
 
 
 def build_step(kind: Callable[..., STAR], case: Case, device: torch.device) -> Callable[[], None]:
@@ -205,7 +201,9 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, fewer repeats")
     parser.add_argument("--against", choices=["dense"], help="also measure the step with a dense mask")
-    parser.add_argument("--compile", action="store_true", help="also measure the step with train.compile")
+    parser.add_argument(
+        "--compile", action="append", choices=["functions", "blocks"], help="also measure so; may be repeated"
+    )
     parser.add_argument("--model", action="append", metavar="dN", help="of this depth alone; may be repeated")
     parser.add_argument("--resolution", action="append", type=int, choices=CONFIGS, help="alone; may be repeated")
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="write a Chrome trace of the last case")
@@ -217,9 +215,8 @@ def main() -> None:
     repeats = 2 if arguments.quick else 5
     todo: list[tuple[Case, str, Callable[..., STAR]]] = []
     for case in cases(device, arguments):
-        todo.append((case, "star-dist", compiled_star if case.compile else STAR))
-        if arguments.compile:
-            todo.append((case, "star-dist, compiled", compiled_star))
+        for compile in dict.fromkeys([case.compile, *(arguments.compile or [])]):
+            todo.append((case, "star-dist" + f", {compile} compiled" * (compile != "none"), star(compile)))
         if arguments.against:
             todo.append((case, "dense mask", DenseStar))
     rows: list[dict[str, Any]] = []
@@ -230,7 +227,7 @@ def main() -> None:
         except torch.OutOfMemoryError:
             rows.append(facts | {"failed": "out of memory"})
     if arguments.against:
-        per_case = 2 + arguments.compile
+        per_case = len(todo) // len({id(case) for case, *_ in todo})
         for of_case in (rows[first : first + per_case] for first in range(0, len(rows), per_case)):
             for row in of_case:
                 if "failed" not in row and "failed" not in of_case[-1]:

@@ -43,9 +43,9 @@ def test_train_step_against_dense_with_a_profile(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     options = ["--quick", "--against", "dense", "--profile", str(trace)]
     if shutil.which("g++"):
-        options.append("--compile")
+        options += ["--compile", "functions", "--compile", "blocks"]
     ours, *compiled, dense = results("train_step", tmp_path / "out.json", *options)["train_step"]
-    assert [row["step"] for row in compiled] == ["star-dist, compiled"] * ("--compile" in options)
+    assert len(compiled) == options.count("--compile")
     assert ours["step"] == "star-dist" and ours["speedup"] == pytest.approx(dense["step_s"] / ours["step_s"])
     assert ours["memory_ratio"] < 1
     assert json.loads(trace.read_text())["traceEvents"]

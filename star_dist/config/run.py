@@ -130,8 +130,9 @@ class TrainSection(Section):
     init_from: an exported folder whose weights start the run (256 -> 512 -> 1024).
     activation_checkpointing: `selective` computes norms, GELU and rotations again in the backward pass, `full` all of
     each block; both save memory and change no result.
-    compile: torch.compile of what lies between a block's products and attention (residual sums with LayerNorm, rotation
-    with QK norm), at every ZeRO stage. The first step takes longer then, and losses differ in their last bits.
+    compile: torch.compile of whole blocks (`blocks`, at ZeRO stages 0 to 2), or of what lies between a block's products
+    and attention (`functions`: residual sums with LayerNorm, rotation with QK norm; at every stage). The first steps
+    take longer then, and losses differ in their last bits.
     scale_loss_power: a token of a scale of n tokens counts n**-power in the loss. 0 is the paper's cross-entropy; 1
     gives every scale the same say, so that layout and colours, which few tokens decide, are learned first.
     token_keep, token_drop_scales: share of tokens that training keeps of each of the last so many scales; 1 keeps all.
@@ -142,7 +143,7 @@ class TrainSection(Section):
     global_batch: Positive
     micro_batch: Positive
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False
+    compile: Literal["none", "functions", "blocks"] = "none"
     caption_dropout: Fraction = 0.1
     scale_loss_power: Fraction = 0.0
     token_keep: float = Field(1.0, gt=0, le=1)
@@ -301,6 +302,17 @@ class RunConfig(Section):
         if self.samples.every and not self.samples.prompts:
             raise ValueError(
                 f"samples.every is {self.samples.every} but samples.prompts is empty; give prompts or set it to 0"
+            )
+        train = self.train
+        if train.compile == "blocks" and train.zero_stage == 3:
+            raise ValueError(
+                "train.compile is blocks, but at train.zero_stage 3 weights are gathered by hooks inside of blocks; "
+                "set train.zero_stage to 2 or less, or train.compile to functions"
+            )
+        if train.compile == "blocks" and train.activation_checkpointing == "selective":
+            raise ValueError(
+                "train.compile is blocks and train.activation_checkpointing selective, but a compiled block chooses by "
+                "itself what to keep; set train.activation_checkpointing to none or full, or train.compile to functions"
             )
         self.samples.sampling_options().by_scale(len(schedule))
         check_deepspeed_section(self.deepspeed, self.train.zero_stage, self.train.precision)

@@ -7,6 +7,7 @@ cross-attention sees the text of its own sample.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Protocol
@@ -54,6 +55,7 @@ class PackedAttention:
     def __init__(self, layout: PackedLayout, kernel: Kernel, device: torch.device) -> None:
         self.layout = layout
         self.kernel = kernel
+        self.image = kernel.prepare_image(layout, device)
         self.text = kernel.prepare_text(layout, device) if layout.text_lengths else None
 
     def of_layer(self, layer: int) -> PackedAttention:
@@ -68,7 +70,7 @@ class PackedAttention:
 
     def attend_image(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
         """Block-causal attention; (T, H, d) -> (T, H, d)."""
-        return self.kernel.block_causal(query_THd, key_THd, value_THd, self.layout)
+        return self.kernel.block_causal(query_THd, key_THd, value_THd, self.image)
 
     def attend_text(self, query_THd: Tensor, key_value: Callable[[], KeyValue]) -> Tensor:
         """Attention to the sample's own text, keys and values (S, H, d); (T, H, d) -> (T, H, d)."""
@@ -87,6 +89,8 @@ def choose_kernel(
         KernelUnavailable: it cannot run there. `auto` never raises: it takes what can.
     """
     if name == "auto":
+        if _flex_is_fastest(device, dtype):
+            return choose_kernel("flex", device, dtype, training=training, functions=functions)
         try:
             return flash_kernel(device, dtype, functions.sum_prefixes)
         except KernelUnavailable:
@@ -96,11 +100,22 @@ def choose_kernel(
     if name == "flex":
         from star_dist.model.kernels.flex import flex_kernel  # imports PyTorch's compiler, which takes seconds
 
-        return flex_kernel(device, training)
+        return flex_kernel(device, dtype, training)
     if name == "sdpa":
         return SdpaKernel(functions.sum_prefixes)
     check_kernel_name(name)
     return ReferenceKernel()
+
+
+def _flex_is_fastest(device: torch.device, dtype: torch.dtype) -> bool:
+    """Where FlashAttention-4 runs it: on an H200 at all three resolutions (docs/performance.md)."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if importlib.util.find_spec("flash_attn") is None:
+        return False
+    from star_dist.model.kernels.flex import has_flash_backend  # imports PyTorch's compiler, which takes seconds
+
+    return has_flash_backend(torch.cuda.get_device_capability(device)[0])
 
 
 def check_kernel_name(name: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from star_dist.model.rope import Rotary, rotate
@@ -53,6 +54,15 @@ def rotate_and_normalize(
 ) -> Tensor:
     """(T, H, d) rotated (where there are rotations), of unit length per head, times the head's factor; x's dtype."""
     return _RotateAndNormalize.apply(x_THd, rotary, factor_H1, passes)
+
+
+def differentiable_rotate_and_normalize(
+    x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None
+) -> Tensor:
+    """The same in PyTorch's own operations, for a compiler that decides by itself what to keep."""
+    precise_THd = x_THd.to(torch.promote_types(x_THd.dtype, torch.float32))
+    unit_THd = F.normalize(precise_THd if rotary is None else rotate(precise_THd, rotary), dim=-1, eps=MIN_NORM)
+    return (unit_THd if factor_H1 is None else unit_THd * factor_H1).to(x_THd.dtype)
 
 
 class _RotateAndNormalize(torch.autograd.Function):

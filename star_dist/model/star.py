@@ -5,6 +5,8 @@ T image tokens of the packed batch, S text tokens, B samples, C code dimension, 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ class STAR(nn.Module):
 
     Parameters are left for `initialize_weights` or a checkpoint to fill; the names are those of the public
     checkpoints. attention: the kernel of `attention.py`. recompute: activation checkpointing, see `recompute.py`.
-    functions: the blocks' functions without parameters, plain or compiled.
+    functions: how blocks run, plain or compiled.
     """
 
     def __init__(
@@ -94,7 +96,8 @@ class STAR(nn.Module):
 
     def run_blocks(self, x_TD: Tensor, text_SW: Tensor, rotary: Rotary | None, context: AttentionContext) -> Tensor:
         for layer, block in enumerate(self.blocks):
-            x_TD = run_block(block, self.recompute, x_TD, text_SW, rotary=rotary, context=context.of_layer(layer))
+            call = partial(self.functions.call_block, block)
+            x_TD = run_block(call, self.recompute, x_TD, text_SW, rotary=rotary, context=context.of_layer(layer))
         return x_TD
 
     def forward(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
-from star_dist.model.block_functions import PLAIN, BlockFunctions, compiled_functions
+from star_dist.model.block_functions import PLAIN, BlockFunctions, compiled_blocks, compiled_functions
 from star_dist.model.initialization import initial_value
 from star_dist.model.star import STAR
 from star_dist.process import ProcessInfo, check_gpus_are_there
@@ -49,7 +49,7 @@ class Engine:
         _initialize_process_group(timeout)
         settings = config.deepspeed_config(process.world_size)
         partitioned = config.train.zero_stage == 3
-        functions = _compiled_functions(self.device) if config.train.compile else PLAIN
+        functions = _block_functions(config, self.device)
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=partitioned):
             model = STAR(config.star_config(), config.model.attention, config.train.activation_checkpointing, functions)
         if not partitioned:
@@ -153,17 +153,19 @@ def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _compiled_functions(device: torch.device) -> BlockFunctions:
-    """Raises UserError where PyTorch's compiler does not work."""
+def _block_functions(config: RunConfig, device: torch.device) -> BlockFunctions:
+    """Raises UserError where PyTorch's compiler is wanted and does not work."""
+    if config.train.compile == "none":
+        return PLAIN
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = next(line for line in str(error).splitlines() if line.strip())
         raise UserError(
-            f"train.compile is true, but PyTorch's compiler does not work here: {reason}; install a C++ compiler, or "
-            f"set train.compile to false"
+            f"train.compile is {config.train.compile}, but PyTorch's compiler does not work here: {reason}; install a "
+            f"C++ compiler, or set train.compile to none"
         ) from None
-    return compiled_functions()
+    return compiled_blocks() if config.train.compile == "blocks" else compiled_functions()
 
 
 def _device(process: ProcessInfo) -> torch.device:

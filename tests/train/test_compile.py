@@ -1,4 +1,4 @@
-"""`train.compile`: the functions between a block's products, compiled, under ZeRO and activation checkpointing."""
+"""`train.compile`: functions or whole blocks, compiled, under ZeRO and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -29,21 +29,36 @@ def train_compiled(config: RunConfig) -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "recompute", "precision", "tolerance"), [(3, "selective", "bf16", 1e-3), (1, "full", "fp32", 1e-5)]
+    ("compile", "stage", "recompute", "precision", "tolerance"),
+    [
+        ("functions", 3, "selective", "bf16", 1e-3),
+        ("functions", 1, "full", "fp32", 1e-5),
+        ("blocks", 2, "none", "fp32", 1e-5),
+        ("blocks", 0, "full", "bf16", 1e-3),
+    ],
 )
 def test_a_compiled_run_learns_the_same_and_resumes(
-    run_config: Callable[..., RunConfig], tmp_path: Path, stage: int, recompute: str, precision: str, tolerance: float
+    run_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    compile: str,
+    stage: int,
+    recompute: str,
+    precision: str,
+    tolerance: float,
 ) -> None:
     options = {"steps": 4, "zero_stage": stage, "activation_checkpointing": recompute, "precision": precision}
     validation = {"every": 2}  # batches of other shapes, without gradients
     expected = train_on(run_config(run_dir=str(tmp_path / "plain"), train=options, validation=validation), 1)
-    sections = {"train": options | {"compile": True}, "checkpoint": {"every": 2}, "validation": validation}
+    sections = {"train": options | {"compile": compile}, "checkpoint": {"every": 2}, "validation": validation}
     config = run_config(**sections)
     ((graphs, breaks),) = run_ranks(train_compiled, 1, config)
     found = metrics(config)
     for step, values in expected.items():
         assert found[step]["loss/total"] == pytest.approx(values["loss/total"], rel=tolerance)
-    assert graphs >= 8 and breaks == 0
+    if compile == "functions":
+        assert graphs >= 8 and breaks == 0
+    else:  # the attention kernels of a CPU run as they are between what is compiled
+        assert graphs >= 3 and breaks > 0
     whole = weights(config)
     sections["checkpoint"]["resume_step"] = 2
     assert train_on(run_config(**sections), 1) == found
@@ -56,7 +71,9 @@ def test_a_compiler_that_does_not_work_is_a_mistake(run_config: Callable[..., Ru
 
         config.cpp.cxx = ("/absent/g++",)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
-        train(run_config(train={"compile": True}))
+        train(run_config(train={"compile": "functions"}))
 
-    with pytest.raises(RankFailed, match="UserError: train.compile is true, but PyTorch's compiler does not work here"):
+    with pytest.raises(
+        RankFailed, match="UserError: train.compile is functions, but PyTorch's compiler does not work here"
+    ):
         run_ranks(without_a_compiler, 1)

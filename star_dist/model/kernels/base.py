@@ -26,7 +26,11 @@ class Kernel(Protocol):
 
     description: str
 
-    def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: PackedLayout) -> Tensor:
+    def prepare_image(self, layout: PackedLayout, device: torch.device) -> Any:
+        """What `block_causal` needs to know about the scales; made once a batch, outside of what may be compiled."""
+        ...
+
+    def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, image: Any) -> Tensor:
         """Self-attention in which a token of scale k sees scales 1..k of its own sample; (T, H, d)."""
         ...
 
@@ -37,6 +41,13 @@ class Kernel(Protocol):
     def cross(self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: Any) -> Tensor:
         """Attention of every image token to the text of its own sample; (T, H, d)."""
         ...
+
+
+class ByLayout:
+    """A kernel that needs to know the layout alone, and that runs as it is also where whole blocks are compiled."""
+
+    def prepare_image(self, layout: PackedLayout, device: torch.device) -> PackedLayout:
+        return layout
 
 
 def join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from star_dist.model.kernels.base import SOFTMAX_SCALE, KernelUnavailable
+from star_dist.model.kernels.base import SOFTMAX_SCALE, ByLayout, KernelUnavailable
 from star_dist.model.kernels.scale_by_scale import (
     DenseAttention,
     SumPrefixes,
@@ -42,7 +42,7 @@ class FlashLibrary:
     varlen: VarlenAttention
 
 
-class FlashKernel:
+class FlashKernel(ByLayout):
     def __init__(
         self,
         library: FlashLibrary,
@@ -54,6 +54,7 @@ class FlashKernel:
         self.gathered_tokens = gathered_tokens
         self.description = f"flash ({library.name})"
 
+    @torch.compiler.disable
     def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: PackedLayout) -> Tensor:
         return attend_scale_by_scale(
             query_THd,
@@ -67,14 +68,19 @@ class FlashKernel:
         )
 
     def prepare_text(self, layout: PackedLayout, device: torch.device) -> TextOffsets:
-        """Offsets of every sample's image and text tokens and the most of each; from the CPU, without a sync."""
-        longest = max(schedule.num_tokens for schedule in layout.schedules)
-        return layout.token_offsets(device), layout.text_offsets(device), longest, max(layout.text_lengths)
+        return text_offsets(layout, device)
 
+    @torch.compiler.disable
     def cross(
         self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: TextOffsets
     ) -> Tensor:
         return self.library.varlen(query_THd, key_SHd, value_SHd, *text)
+
+
+def text_offsets(layout: PackedLayout, device: torch.device) -> TextOffsets:
+    """Offsets of every sample's image and text tokens and the most of each; from the CPU, without a sync."""
+    longest = max(schedule.num_tokens for schedule in layout.schedules)
+    return layout.token_offsets(device), layout.text_offsets(device), longest, max(layout.text_lengths)
 
 
 def flash_kernel(device: torch.device, dtype: torch.dtype, sum_prefixes: SumPrefixes = sum_prefixes) -> FlashKernel:
@@ -151,8 +157,9 @@ def torch_varlen(generation: int) -> FlashLibrary:
     return FlashLibrary(f"PyTorch {torch.__version__}", scaled_dot_product, varlen)
 
 
-# In order of preference, from the speeds that the authors publish for each generation of GPUs: on Hopper 3, then 4.
-LIBRARIES: tuple[Callable[[int], FlashLibrary], ...] = (flash_attn_3, flash_attn_4, flash_attn_2, torch_varlen)
+# In order of preference. On an H200 flash-attn 4 is faster than PyTorch's, which takes cuDNN there, and that is faster
+# than flash-attn 2 (docs/performance.md); flash-attn 3 was not measured, its authors' figures put it first on Hopper.
+LIBRARIES: tuple[Callable[[int], FlashLibrary], ...] = (flash_attn_3, flash_attn_4, torch_varlen, flash_attn_2)
 
 
 def _flash_attn_library(name: str, dense_function: Callable, varlen_function: Callable) -> FlashLibrary:

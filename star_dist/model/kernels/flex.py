@@ -1,4 +1,6 @@
-"""PyTorch's FlexAttention, compiled, with a block mask of the scales. On a CPU it has no backward pass.
+"""PyTorch's FlexAttention, compiled, with a block mask of the scales: one kernel, no copies, no sums over scales.
+
+With flash-attn-4 installed its kernels do the work, else PyTorch's own in Triton. On a CPU there is no backward pass.
 
 https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
@@ -9,10 +11,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from star_dist.model.kernels.base import SOFTMAX_SCALE, KernelUnavailable, join
-from star_dist.model.kernels.sdpa import SdpaKernel
+from star_dist.model.kernels.flash import FlashLibrary, TextOffsets, flash_attn_4, text_offsets, torch_varlen
+from star_dist.model.kernels.sdpa import SdpaKernel, TextPadding
 from star_dist.model.layout import PackedLayout
 from star_dist.scales import ScaleSchedule
 
@@ -22,7 +25,7 @@ BLOCK = 128
 _compiled = torch.compile(flex_attention, dynamic=False)
 
 
-def flex_kernel(device: torch.device, training: bool) -> FlexKernel:
+def flex_kernel(device: torch.device, dtype: torch.dtype, training: bool) -> FlexKernel:
     """The flex kernel.
 
     Raises:
@@ -33,23 +36,71 @@ def flex_kernel(device: torch.device, training: bool) -> FlexKernel:
             "attention kernel flex cannot train on a CPU, where PyTorch's FlexAttention has no backward pass; set "
             "model.attention to auto or sdpa"
         )
-    return FlexKernel()
+    if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return FlexKernel("TRITON" if device.type == "cuda" else None, None)
+    generation = torch.cuda.get_device_capability(device)[0]
+    backend = "FLASH" if has_flash_backend(generation) else "TRITON"
+    try:
+        return FlexKernel(backend, torch_varlen(generation))
+    except KernelUnavailable:
+        return FlexKernel(backend, None)
 
 
-class FlexKernel(SdpaKernel):
-    """Self-attention by FlexAttention; text attention is SDPA's."""
+def has_flash_backend(generation: int) -> bool:
+    """Whether FlexAttention can run through FlashAttention-4 on GPUs of compute capability `generation`.x."""
+    if "BACKEND" not in FlexKernelOptions.__annotations__:
+        return False
+    try:
+        flash_attn_4(generation)
+    except (ImportError, KernelUnavailable):
+        return False
+    return True
 
-    description = f"flex (PyTorch {torch.__version__})"
 
-    def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: PackedLayout) -> Tensor:
+class FlexKernel:
+    """Self-attention by FlexAttention; text attention by PyTorch's variable-length attention, or null: SDPA.
+
+    backend: of FlexAttention's kernel options; null is its choice.
+    """
+
+    def __init__(self, backend: str | None, text_library: FlashLibrary | None) -> None:
+        self.options = None if backend is None else {"BACKEND": backend}
+        self.text_library = text_library
+        self.padded_text = SdpaKernel()
+        by = "FlashAttention-4, " if backend == "FLASH" else ""
+        self.description = f"flex ({by}PyTorch {torch.__version__})"
+
+    def prepare_image(self, layout: PackedLayout, device: torch.device) -> list[tuple[slice, int, BlockMask]]:
+        """Of every run of samples: its tokens, their number, and the mask of its scales."""
+        return [(run.tokens, run.count, scale_block_mask(run.schedule, device)) for run in layout.runs]
+
+    def block_causal(
+        self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, image: list[tuple[slice, int, BlockMask]]
+    ) -> Tensor:
         outputs = []
-        for run in layout.runs:
-            packed = (query_THd[run.tokens], key_THd[run.tokens], value_THd[run.tokens])
-            query, key, value = (x.unflatten(0, (run.count, -1)).transpose(1, 2) for x in packed)
-            mask = scale_block_mask(run.schedule, query.device)
-            mixed = _compiled(query, key, value, block_mask=mask, scale=SOFTMAX_SCALE)
+        for tokens, count, mask in image:
+            packed = (query_THd[tokens], key_THd[tokens], value_THd[tokens])
+            query, key, value = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in packed)
+            mixed = _compiled(query, key, value, block_mask=mask, scale=SOFTMAX_SCALE, kernel_options=self.options)
             outputs.append(mixed.transpose(1, 2).flatten(0, 1))
         return join(outputs)
+
+    def prepare_text(self, layout: PackedLayout, device: torch.device) -> TextOffsets | list[TextPadding]:
+        if self.text_library is None:
+            return self.padded_text.prepare_text(layout, device)
+        return text_offsets(layout, device)
+
+    def cross(
+        self,
+        query_THd: Tensor,
+        key_SHd: Tensor,
+        value_SHd: Tensor,
+        layout: PackedLayout,
+        text: TextOffsets | list[TextPadding],
+    ) -> Tensor:
+        if self.text_library is None:
+            return self.padded_text.cross(query_THd, key_SHd, value_SHd, layout, text)
+        return self.text_library.varlen(query_THd, key_SHd, value_SHd, *text)
 
 
 @lru_cache(maxsize=16)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from star_dist.model.kernels.base import SOFTMAX_SCALE
+from star_dist.model.kernels.base import SOFTMAX_SCALE, ByLayout
 from star_dist.model.layout import PackedLayout
 from star_dist.scales import ScaleSchedule
 
 
-class ReferenceKernel:
+class ReferenceKernel(ByLayout):
     description = "reference"
 
     def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: PackedLayout) -> Tensor:

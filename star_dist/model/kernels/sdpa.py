@@ -6,19 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star_dist.model.kernels.base import SOFTMAX_SCALE, join
+from star_dist.model.kernels.base import SOFTMAX_SCALE, ByLayout, join
 from star_dist.model.kernels.scale_by_scale import SumPrefixes, attend_scale_by_scale, sum_prefixes
 from star_dist.model.layout import PackedLayout, copy_to_device
 
 TextPadding = tuple[Tensor, Tensor]
 
 
-class SdpaKernel:
+class SdpaKernel(ByLayout):
     description = f"sdpa (PyTorch {torch.__version__})"
 
     def __init__(self, sum_prefixes: SumPrefixes = sum_prefixes) -> None:
         self.sum_prefixes = sum_prefixes
 
+    @torch.compiler.disable
     def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: PackedLayout) -> Tensor:
         return attend_scale_by_scale(
             query_THd, key_THd, value_THd, layout, scaled_dot_product, sum_prefixes=self.sum_prefixes
@@ -33,6 +34,7 @@ class SdpaKernel:
             padding.append((copy_to_device(index_BS, device), copy_to_device(present_BS, device)))
         return padding
 
+    @torch.compiler.disable
     def cross(
         self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: list[TextPadding]
     ) -> Tensor:
