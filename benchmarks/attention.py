@@ -4,7 +4,8 @@
 
 Useful work counts visible pairs only (0.619, 0.652 and 0.638 of L^2): 4 FLOPs per pair and channel forward, 10
 backward, where flash attention computes the scores again (as in the tables of the FlashAttention papers).
-"square" is the same kernel without any mask on as many pairs: what the mask costs is the ratio to it.
+"square" is the same kernel without any mask on as many pairs: what the mask costs is the ratio to it. On a GPU times
+are the kernels' alone, as in a training step whose host is ahead; wall_ms is forward and backward with the host.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import chosen_device, device_name, median_seconds, peak_bytes, print_table, write_json
+from measure import chosen_device, device_name, kernel_seconds, median_seconds, peak_bytes, print_table, write_json
 from torch import Tensor
 from tqdm import tqdm
 
 from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
 from star_dist.model.attention import PackedAttention, choose_kernel
+from star_dist.model.block_functions import compiled_functions
 from star_dist.model.kernels.base import Kernel, KernelUnavailable
-from star_dist.model.kernels.flash import GATHERED_TOKENS, LIBRARIES, FlashKernel
+from star_dist.model.kernels.flash import GATHERED_TOKENS, LIBRARIES, FlashKernel, FlashLibrary, flash_attn_4
+from star_dist.model.kernels.flex import FlexKernel, has_flash_backend
 from star_dist.model.kernels.reference import block_causal_mask
 from star_dist.model.kernels.sdpa import SdpaKernel, scaled_dot_product
 from star_dist.model.layout import PackedLayout
@@ -81,21 +84,26 @@ class Problem:
         return self.batch * self.schedule.visible_pairs * self.heads * self.channels
 
 
-def kernels(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Kernel, bool]]:
-    """Every kernel of this machine: name, kernel, whether it runs backwards here."""
-    yield "dense mask", DenseMaskKernel(), True
-    yield "sdpa", SdpaKernel(), True
-    if device.type == "cuda":
-        generation = torch.cuda.get_device_capability(device)[0]
-        for load in LIBRARIES:
-            try:
-                library = load(generation)
-            except (ImportError, KernelUnavailable) as error:
-                print(f"not measured: {load.__name__} ({error})")
-                continue
-            for way, gathered in (("per scale", 0), ("leading gathered", GATHERED_TOKENS), ("gathered", 10**9)):
-                yield f"{library.name}, {way}", FlashKernel(library, gathered), True
-    yield "flex", choose_kernel("flex", device, dtype, training=device.type != "cpu"), device.type != "cpu"
+def kernels(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Kernel, FlashLibrary | None]]:
+    """Every kernel of this machine: name, kernel, the library whose unmasked attention it is held against."""
+    yield "dense mask", DenseMaskKernel(), None
+    yield "sdpa", SdpaKernel(), None
+    if device.type != "cuda":
+        yield "flex", choose_kernel("flex", device, dtype, training=False), None
+        return
+    generation = torch.cuda.get_device_capability(device)[0]
+    sums = compiled_functions().sum_prefixes
+    for load in LIBRARIES:
+        try:
+            library = load(generation)
+        except (ImportError, KernelUnavailable) as error:
+            print(f"not measured: {load.__name__} ({error})")
+            continue
+        for way, gathered in (("per scale", 0), ("leading gathered", GATHERED_TOKENS), ("gathered", 10**9)):
+            yield f"{library.name}, {way}", FlashKernel(library, gathered, sums), library
+    yield "flex, Triton", FlexKernel("TRITON", None), None
+    if has_flash_backend(generation):
+        yield "flex, flash-attn 4", FlexKernel("FLASH", None), flash_attn_4(generation)
 
 
 def measure(problem: Problem, kernel: Kernel, backwards: bool, repeats: int) -> dict[str, Any]:
@@ -106,11 +114,11 @@ def measure(problem: Problem, kernel: Kernel, backwards: bool, repeats: int) -> 
     )
 
 
-def measure_square(problem: Problem, kernel: FlashKernel, repeats: int) -> dict[str, Any]:
+def measure_square(problem: Problem, library: FlashLibrary, repeats: int) -> dict[str, Any]:
     """The library's unmasked attention on squares of as many pairs."""
     side = round(math.sqrt(problem.schedule.visible_pairs))
     split = lambda x: x.unflatten(0, (problem.batch, side))
-    dense = lambda q, k, v: kernel.library.dense(split(q), split(k), split(v)).flatten(0, 1)
+    dense = lambda q, k, v: library.dense(split(q), split(k), split(v)).flatten(0, 1)
     return measure_call(dense, problem, problem.batch * side, True, repeats)
 
 
@@ -129,8 +137,10 @@ def measure_call(
         if backwards:
             torch.autograd.grad(output, inputs, gradient)
 
-    forward_s = median_seconds(forward, problem.device, repeats)
-    step_s = median_seconds(step, problem.device, repeats) if backwards else None
+    on_gpu = problem.device.type == "cuda"
+    seconds = kernel_seconds if on_gpu else lambda call: median_seconds(call, problem.device, repeats)
+    wall_s = median_seconds(step, problem.device, repeats)
+    forward_s, step_s = seconds(forward), seconds(step) if backwards else None
     work = problem.pair_channels / 1e12
     return {
         "forward_ms": 1e3 * forward_s,
@@ -138,7 +148,7 @@ def measure_call(
         "forward_tflops": FORWARD_FLOPS * work / forward_s,
         "step_tflops": None if step_s is None else (FORWARD_FLOPS + BACKWARD_FLOPS) * work / step_s,
         "peak_mib": peak_bytes(step, problem.device) / 2**20,
-    }
+    } | ({"wall_ms": 1e3 * wall_s} if on_gpu else {})
 
 
 def problems(device: torch.device, quick: bool) -> list[Problem]:
@@ -167,15 +177,15 @@ def main() -> None:
         (problem, *entry) for problem in problems(device, arguments.quick) for entry in kernels(device, problem.dtype)
     ]
     rows: list[dict[str, Any]] = []
-    for problem, name, kernel, backwards in tqdm(todo, desc="attention", unit="case"):
+    for problem, name, kernel, library in tqdm(todo, desc="attention", unit="case"):
         row = {"resolution": problem.resolution, "batch": problem.batch, "kernel": name}
         try:
-            row |= measure(problem, kernel, backwards, repeats)
+            row |= measure(problem, kernel, device.type == "cuda" or name != "flex", repeats)
             if isinstance(kernel, DenseMaskKernel):
                 mask = additive_mask(problem.schedule, problem.device, problem.dtype)
                 row["peak_mib"] += mask.numel() * mask.element_size() / 2**20
-            if isinstance(kernel, FlashKernel):
-                square = measure_square(problem, kernel, repeats)
+            if library is not None:
+                square = measure_square(problem, library, repeats)
                 row["of_square"] = square["step_ms"] / row["step_ms"]
         except (torch.OutOfMemoryError, RuntimeError) as error:
             row["failed"] = traceback.format_exception_only(error)[-1].strip().splitlines()[0][:100]

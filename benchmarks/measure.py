@@ -71,6 +71,15 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     return most
 
 
+def kernel_seconds(function: Callable[[], Any]) -> float:
+    """Time of all GPU kernels of a call, without the gaps in which a slow host has not yet launched the next."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in record.key_averages()) / 1e6
+
+
 def fill_with_noise(model: nn.Module) -> None:
     """Random values for all parameters, drawn where they are: `initialize_weights` draws on the CPU, for minutes."""
     with torch.no_grad():

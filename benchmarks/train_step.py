@@ -150,11 +150,14 @@ def measure(
         "step_s": seconds,
         "mfu": flops / seconds / peak_flops,
         "peak_gib": peak_bytes(step, device) / 2**30,
-    } | shares(step, device)
+    } | shares(step, device, seconds)
 
 
-def shares(step: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """Share of each part of the step in the time of all operators (on a GPU: of all kernels)."""
+def shares(step: Callable[[], None], device: torch.device, seconds: float) -> dict[str, float]:
+    """Share of each part of the step in the time of all operators.
+
+    On a GPU: of all kernels, and `% busy`, their time of the step's; what lacks to 100 the GPU waits for the host.
+    """
     record = run_profile(step, device)
     times: Counter[str] = Counter()
     for event in record.key_averages():
@@ -162,7 +165,8 @@ def shares(step: Callable[[], None], device: torch.device) -> dict[str, float]:
         name = event.key.lower()
         times[next((part for part, pieces in PARTS.items() if any(p in name for p in pieces)), "other")] += spent
     total = sum(times.values())
-    return {f"% {part}": 100 * times[part] / total for part in (*PARTS, "other")}
+    busy = {"% busy": 100 * total / 1e6 / seconds} if device.type == "cuda" else {}
+    return busy | {f"% {part}": 100 * times[part] / total for part in (*PARTS, "other")}
 
 
 def run_profile(step: Callable[[], None], device: torch.device) -> profile:

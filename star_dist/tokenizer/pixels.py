@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 
@@ -50,4 +50,40 @@ class PixelDecoder:
         half.post_quant_conv = copy.deepcopy(self.tokenizer.post_quant_conv).to(
             self.dtype, memory_format=torch.channels_last
         )
+        _spread_norms(half)
         return half.eval().requires_grad_(False)
+
+
+class SpreadGroupNorm(nn.Module):
+    """GroupNorm whose sums all of a GPU works on, in the layout that convolutions like.
+
+    PyTorch's own has one thread block for each picture and group, and for channels last it copies back and forth: 70 %
+    of the time of the public decoder on an H200. Sums are float32, scale and shift rounded to the input's precision.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x_BCHH: Tensor) -> Tensor:
+        norm, over = self.norm, (2, 3)
+        by_group = lambda x_BC: x_BC.unflatten(1, (norm.num_groups, -1)).mean(-1)
+        mean_BG = by_group(x_BCHH.mean(over, dtype=torch.float32))
+        length_BC = torch.linalg.vector_norm(x_BCHH, dim=over, dtype=torch.float32)
+        square_BG = by_group(length_BC.square() / x_BCHH.shape[2:].numel())
+        inverse_BG = (square_BG - mean_BG.square()).clamp(min=0).add(norm.eps).rsqrt()
+        mean_BC, inverse_BC = (
+            x.repeat_interleave(norm.num_channels // norm.num_groups, 1) for x in (mean_BG, inverse_BG)
+        )
+        scale_BC = norm.weight * inverse_BC
+        shift_BC = norm.bias - mean_BC * scale_BC
+        scale, shift = (x[:, :, None, None].to(x_BCHH.dtype) for x in (scale_BC, shift_BC))
+        return torch.addcmul(shift, x_BCHH, scale)
+
+
+def _spread_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.GroupNorm):
+            setattr(module, name, SpreadGroupNorm(child))
+        else:
+            _spread_norms(child)
