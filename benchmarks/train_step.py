@@ -55,9 +55,9 @@ from star_dist.train.metrics import device_peak_flops
 TEXT_TOKENS = 77
 # Which part of the step an operator or kernel belongs to, by a piece of its name; the first that fits.
 PARTS = {
+    "optimizer": ("adam", "foreach"),  # first: FusedAdamMathFunctor has an "mm"
     "attention": ("attention", "flash", "fmha", "attn"),
     "matrix products": ("mm", "gemm", "cutlass", "nvjet", "linear"),  # nvjet: cuBLAS on Hopper
-    "optimizer": ("adam", "foreach"),
     "norms": ("layer_norm", "vector_norm", "linalg"),
     "loss": ("softmax", "nll_loss", "cross_entropy", "argmax"),
 }
