@@ -83,6 +83,16 @@ def test_overrides_are_json_or_text() -> None:
             r"offload_param\.device is nvme.*use cpu",
         ),
         ('deepspeed={"data_types":{"grad_accum_dtype":"bf16"}}', r"grad_accum_dtype is 'bf16' .*it can be fp32"),
+        (
+            "train.compile=blocks",
+            r"train\.compile is blocks, but at train\.zero_stage 3 .*set train\.zero_stage to 2 or less",
+        ),
+        ("train.compile=true", r"train\.compile: .*'none', 'functions' or 'blocks'.*got true"),
+        (
+            'train={"steps":9999,"global_batch":32,"micro_batch":32,"zero_stage":1,"compile":"blocks",'
+            '"activation_checkpointing":"selective"}',
+            r"train\.compile is blocks and train\.activation_checkpointing selective.*set .* to none or full",
+        ),
         ("train.steps.more=1", r"train\.steps is a value, not a section"),
         ("nonsense", r"not of the form section\.key=value"),
         (

@@ -62,7 +62,8 @@ class CachedModel:
             positions_N = torch.arange(start, end, device=self.device)
             nothing_ND = weight.new_zeros(end - start, model.config.width)
             offset_ND = model.add_positions(nothing_ND, torch.full_like(positions_N, scale), positions_N)
-            rotary = None if tables is None else (tables[0][start:end], tables[1][start:end])
+            # Copies: for slices torch.compile compiles anew by where they start.
+            rotary = None if tables is None else (tables[0][start:end].clone(), tables[1][start:end].clone())
             self.scales.append(ScaleConstants(start, end, rotary, offset_ND))
 
     def set_text(self, hidden_SW: Tensor, starts: tuple[int, ...], lengths: tuple[int, ...]) -> None:

@@ -111,11 +111,15 @@ def _flex_is_fastest(device: torch.device, dtype: torch.dtype) -> bool:
     """Where FlashAttention-4 runs it: on an H200 at all three resolutions (docs/performance.md)."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    if importlib.util.find_spec("flash_attn") is None:
+    if not _has_flash_attn():
         return False
     from star_dist.model.kernels.flex import has_flash_backend  # imports PyTorch's compiler, which takes seconds
 
     return has_flash_backend(torch.cuda.get_device_capability(device)[0])
+
+
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def check_kernel_name(name: str) -> str:

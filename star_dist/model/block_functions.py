@@ -75,7 +75,7 @@ def compiled_functions(dynamic: bool | None = None) -> BlockFunctions:
 def compiled_blocks() -> BlockFunctions:
     """Whole blocks through torch.compile, below ZeRO-3: all layers share what is compiled.
 
-    The compiler decides what a block keeps for its backward pass: on a GPU a quarter more than plain blocks keep.
+    The compiler decides what a block keeps for its backward pass: on a GPU a tenth more than plain blocks keep.
     """
     _allow_recompiling()
     functions = BlockFunctions(lambda function: function)

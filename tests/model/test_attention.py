@@ -14,7 +14,7 @@ from star_dist.config import RunConfig
 from star_dist.errors import UserError
 from star_dist.model import attention
 from star_dist.model.attention import PackedAttention, choose_kernel
-from star_dist.model.kernels import flash
+from star_dist.model.kernels import flash, flex
 from star_dist.model.kernels.base import Kernel, KernelUnavailable
 from star_dist.model.kernels.reference import ReferenceKernel, block_causal_mask
 from star_dist.model.kernels.scale_by_scale import (
@@ -327,6 +327,20 @@ def test_auto_takes_flash_on_a_gpu(monkeypatch: pytest.MonkeyPatch, fresh_choice
     assert choose_kernel("auto", cuda, torch.float32, training=True).description.startswith("sdpa")
     with pytest.raises(KernelUnavailable, match="not torch.float32; set train.precision to bf16"):
         choose_kernel("flash", cuda, torch.float32, training=True)
+
+
+def test_auto_takes_flex_where_flash_attention_4_runs_it(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
+    """Text attention then goes through PyTorch's variable-length attention."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: True)
+    monkeypatch.setattr(flex, "flash_attn_4", lambda generation: StandIn().library())
+    cuda = torch.device("cuda")
+    kernel = choose_kernel("auto", cuda, torch.bfloat16, training=True)
+    assert kernel.description.startswith("flex (FlashAttention-4, PyTorch") and kernel.options == {"BACKEND": "FLASH"}
+    assert kernel.text_library.name.startswith("PyTorch")
+    assert choose_kernel("auto", cuda, torch.float32, training=True).description.startswith("sdpa")
+    monkeypatch.setattr(flex, "flash_attn_4", flash.flash_attn_4)  # absent here
+    assert choose_kernel("flex", cuda, torch.bfloat16, training=True).options == {"BACKEND": "TRITON"}
 
 
 def test_libraries_are_tried_in_order(fresh_choice: None) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from star_dist.model import chunked_loss
-from star_dist.model.chunked_loss import LinearCrossEntropy
+from star_dist.model.chunked_loss import LinearCrossEntropy, fast_float32_products
 
 
 @pytest.fixture
@@ -55,3 +55,15 @@ def test_no_logits_of_the_whole_batch_exist(monkeypatch: pytest.MonkeyPatch) -> 
         losses, _ = LinearCrossEntropy.apply(x, weight, bias, torch.zeros(256, dtype=torch.long))
         losses.sum().backward()
     assert count.largest <= 256 * 4 * 4  # x's own gradient; all logits would be 256 * 64 * 4
+
+
+def test_float32_products_are_tf32_only_with_bf16_weights_on_a_gpu() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for dtype, device, precision in (
+        (torch.bfloat16, cuda, "high"),
+        (torch.float32, cuda, "highest"),
+        (torch.bfloat16, cpu, "highest"),
+    ):
+        with fast_float32_products(dtype, device):
+            assert torch.get_float32_matmul_precision() == precision
+        assert torch.get_float32_matmul_precision() == "highest"

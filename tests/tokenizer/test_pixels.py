@@ -10,7 +10,7 @@ from star_dist.scales import ScaleSchedule
 from star_dist.tokenizer import pixels
 from star_dist.tokenizer.config import VQVAEConfig
 from star_dist.tokenizer.io import load_tokenizer
-from star_dist.tokenizer.pixels import PixelDecoder
+from star_dist.tokenizer.pixels import PixelDecoder, SpreadGroupNorm
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 
 LEVELS = 127.5  # of 8-bit pixels per unit
@@ -29,6 +29,18 @@ def test_bf16_pixels_are_close(golden_dir: Path) -> None:
     assert half.dtype == torch.float32
     away = (half - exact).abs() * LEVELS
     assert away.mean() < 2 and away.max() < 12  # measured: 0.99 and 7.7 levels of 255
+
+
+def test_norms_that_spread_over_a_gpu_are_group_norm() -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.nn.GroupNorm(4, 12, eps=1e-6)
+    x = 5 + 3 * torch.randn(2, 12, 16, 16, generator=generator)
+    with torch.no_grad():
+        norm.weight.normal_(generator=generator)
+        norm.bias.normal_(generator=generator)
+        found = SpreadGroupNorm(norm)(x.to(memory_format=torch.channels_last))
+        assert (found - norm(x)).abs().max() < 1e-5
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_on_a_cpu_pixels_are_the_tokenizers_own(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
