@@ -59,10 +59,14 @@ def rotate_and_normalize(
 def differentiable_rotate_and_normalize(
     x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None
 ) -> Tensor:
-    """The same in PyTorch's own operations, for a compiler that decides by itself what to keep."""
-    precise_THd = x_THd.to(torch.promote_types(x_THd.dtype, torch.float32))
-    unit_THd = F.normalize(precise_THd if rotary is None else rotate(precise_THd, rotary), dim=-1, eps=MIN_NORM)
-    return (unit_THd if factor_H1 is None else unit_THd * factor_H1).to(x_THd.dtype)
+    """The same in PyTorch's own operations, for a compiler that decides by itself what to keep.
+
+    Rotated last: behind a rotation, which the compiler does not repeat in a backward pass, it would keep float32 copies.
+    """
+    result_THd = F.normalize(x_THd.to(torch.promote_types(x_THd.dtype, torch.float32)), dim=-1, eps=MIN_NORM)
+    if factor_H1 is not None:
+        result_THd = result_THd * factor_H1
+    return (result_THd if rotary is None else rotate(result_THd, rotary)).to(x_THd.dtype)
 
 
 class _RotateAndNormalize(torch.autograd.Function):

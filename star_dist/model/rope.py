@@ -15,7 +15,10 @@ from star_dist.model.config import RopeConvention, StarConfig
 from star_dist.scales import ScaleSchedule
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, (T, d / 2) float32 each."""
+"""What `rotate` multiplies a channel and its neighbour by: cosines, and sines that are negative for even channels.
+
+(T, d) float32 each.
+"""
 
 
 def axis_coordinates(side: int, convention: RopeConvention, extent: float) -> Tensor:
@@ -30,7 +33,7 @@ def axis_coordinates(side: int, convention: RopeConvention, extent: float) -> Te
 
 
 def schedule_rotary(config: StarConfig, schedule: ScaleSchedule) -> Rotary:
-    """Rotations of one sample's tokens; (L, d / 2) each."""
+    """Rotations of one sample's tokens; (L, d) each."""
     num_frequencies = config.head_dim // 4
     exponents = torch.arange(num_frequencies, dtype=torch.float32) / num_frequencies
     frequencies = config.rope_theta**-exponents
@@ -40,13 +43,15 @@ def schedule_rotary(config: StarConfig, schedule: ScaleSchedule) -> Rotary:
         row, column = torch.meshgrid(axis, axis, indexing="ij")
         coordinates_N2 = torch.stack([column.flatten(), row.flatten()], dim=1)
         angles.append((coordinates_N2[:, :, None] * frequencies).flatten(1))
-    angles_Ld = torch.cat(angles)
-    return angles_Ld.cos(), angles_Ld.sin()
+    angles_Ld = torch.cat(angles).repeat_interleave(2, dim=-1)
+    sines_Ld = angles_Ld.sin()
+    sines_Ld[:, ::2].neg_()
+    return angles_Ld.cos(), sines_Ld
 
 
 @lru_cache(maxsize=32)
 def packed_rotary(config: StarConfig, schedules: tuple[ScaleSchedule, ...], device: torch.device) -> Rotary:
-    """Rotations of all tokens of a packed batch; (T, d / 2) each."""
+    """Rotations of all tokens of a packed batch; (T, d) each."""
     with torch.device("cpu"):
         tables = {schedule: schedule_rotary(config, schedule) for schedule in set(schedules)}
     cosines = torch.cat([tables[schedule][0] for schedule in schedules])
@@ -55,7 +60,11 @@ def packed_rotary(config: StarConfig, schedules: tuple[ScaleSchedule, ...], devi
 
 
 def rotate(x_THd: Tensor, rotary: Rotary) -> Tensor:
-    """Rotates channel pairs by each token's angles; (…, T, H, d) float32 or better."""
+    """Rotates channel pairs by each token's angles; (…, T, H, d) float32 or better.
+
+    Every channel is written at its own place: even and odd ones apart, then interleaved, take two to three times as
+    long, and torch.compile puts them into memory in float32 on the way.
+    """
     cosines, sines = (table.unsqueeze(-2) for table in rotary)
-    even, odd = x_THd.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1).flatten(-2)
+    neighbours_THd = x_THd.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x_THd * cosines + neighbours_THd * sines

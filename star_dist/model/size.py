@@ -16,7 +16,6 @@ LOSS_CHUNK_TOKENS = 2048  # that chunked_loss.py works on at a time
 # output by scale and joined. Cross-attention: LayerNorm's input and output, queries, normalised, output. Feed-forward:
 # LayerNorm's input and output, 4 + 4 inside.
 KEPT_PER_BLOCK = 9 + 5 + 10
-KEPT_COMPILED = 27  # of a block compiled whole, from peaks on an H200: 1.11 times the above at 256 and at 512 pixels
 KEPT_SELECTIVE = 14  # the block's input, 3 of queries, keys and values, 2 + 3 of attention, 4 + 1 of feed-forward
 BACKWARD_PER_BLOCK = 8  # gradients that live together while a block runs backwards: the feed-forward's 4 + 4
 
@@ -35,16 +34,14 @@ def parameter_count(config: StarConfig) -> int:
     return config.depth * block + embedding + width * config.vocab_size + config.vocab_size
 
 
-def activation_bytes(
-    config: StarConfig, tokens: int, bytes_per_value: int, checkpointing: str, compiled_blocks: bool = False
-) -> dict[str, int]:
+def activation_bytes(config: StarConfig, tokens: int, bytes_per_value: int, checkpointing: str) -> dict[str, int]:
     """Peak of what a forward and backward pass holds besides weights and gradients, by part.
 
-    tokens: T. bytes_per_value: of the activations, 2 in bf16. checkpointing: none, selective or full.
-    compiled_blocks: train.compile is blocks. Attention is a kernel that keeps no scores.
+    tokens: T. bytes_per_value: of the activations, 2 in bf16. checkpointing: none, selective or full. Attention is a
+    kernel that keeps no scores.
     """
     unit = tokens * config.width
-    block = (KEPT_COMPILED if compiled_blocks else KEPT_PER_BLOCK) * unit * bytes_per_value
+    block = KEPT_PER_BLOCK * unit * bytes_per_value
     kept = {"none": block, "selective": KEPT_SELECTIVE * unit * bytes_per_value, "full": unit * bytes_per_value}
     chunk = min(tokens, LOSS_CHUNK_TOKENS)
     head_weights = config.vocab_size * config.width * FLOAT32_BYTES  # their gradient, before it is stored

@@ -91,7 +91,6 @@ def memory_bytes(config: RunConfig, gpus: int, micro_batch: int) -> dict[str, fl
         micro_batch * config.schedule.num_tokens,
         bytes_per_value(config),
         config.train.activation_checkpointing,
-        config.train.compile == "blocks",
     )
     return parts | {
         "activations": activations["kept for the backward pass"],

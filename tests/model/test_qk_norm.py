@@ -12,7 +12,16 @@ from star_dist.model.rope import Rotary, rotate
 def inputs() -> tuple[torch.Tensor, Rotary, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x, angles = torch.randn(5, 3, 8, generator=generator), 3 * torch.randn(5, 4, generator=generator)
-    return x.double(), (angles.cos().double(), angles.sin().double()), torch.tensor([[0.5], [2.0], [3.0]]).double()
+    angles = angles.double().repeat_interleave(2, dim=-1)
+    signs = torch.tensor([-1.0, 1.0]).double().repeat(4)
+    return x.double(), (angles.cos(), angles.sin() * signs), torch.tensor([[0.5], [2.0], [3.0]]).double()
+
+
+def test_rotation_is_a_product_of_complex_numbers(inputs: tuple) -> None:
+    x, (cosines, sines), _ = inputs
+    turns = torch.complex(cosines[:, 1::2], sines[:, 1::2])[:, None]
+    product = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns
+    assert torch.allclose(rotate(x, (cosines, sines)), torch.view_as_real(product).flatten(-2), atol=1e-14)
 
 
 @pytest.mark.parametrize("rotated", [True, False])
