@@ -31,7 +31,7 @@ setup(
     package_data={"star_dist.serve": ["page.html"]},
     entry_points={"console_scripts": ["star-dist = star_dist.command:main"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.11",
         "deepspeed>=0.19.6",
         "transformers>=4.56,<5",  # mosaicml-streaming pins it below 5
         "mosaicml-streaming>=0.13,<0.14",

@@ -138,9 +138,10 @@ def measure_call(
             torch.autograd.grad(output, inputs, gradient)
 
     on_gpu = problem.device.type == "cuda"
-    seconds = kernel_seconds if on_gpu else lambda call: median_seconds(call, problem.device, repeats)
-    wall_s = median_seconds(step, problem.device, repeats)
-    forward_s, step_s = seconds(forward), seconds(step) if backwards else None
+    seconds = kernel_seconds if on_gpu else median_seconds
+    forward_s = seconds(forward, problem.device, repeats)
+    step_s = seconds(step, problem.device, repeats) if backwards else None
+    wall = {"wall_ms": 1e3 * median_seconds(step, problem.device, repeats)} if on_gpu else {}
     work = problem.pair_channels / 1e12
     return {
         "forward_ms": 1e3 * forward_s,
@@ -148,7 +149,7 @@ def measure_call(
         "forward_tflops": FORWARD_FLOPS * work / forward_s,
         "step_tflops": None if step_s is None else (FORWARD_FLOPS + BACKWARD_FLOPS) * work / step_s,
         "peak_mib": peak_bytes(step, problem.device) / 2**20,
-    } | ({"wall_ms": 1e3 * wall_s} if on_gpu else {})
+    } | wall
 
 
 def problems(device: torch.device, quick: bool) -> list[Problem]:

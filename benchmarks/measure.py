@@ -71,13 +71,20 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     return most
 
 
-def kernel_seconds(function: Callable[[], Any]) -> float:
-    """Time of all GPU kernels of a call, without the gaps in which a slow host has not yet launched the next."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
+def profiled(function: Callable[[], Any], device: torch.device) -> profile:
+    """A call's kernels on a GPU, its operators on a CPU."""
+    wait_for(device)
+    with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as record:
         function()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in record.key_averages()) / 1e6
+        wait_for(device)
+    return record
+
+
+def kernel_seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median time of a call's GPU kernels, without the gaps in which a slow host has not yet launched the next."""
+    records = [profiled(function, device) for _ in range(repeats)]
+    times = [sum(event.self_device_time_total for event in record.key_averages()) for record in records]
+    return statistics.median(times) / 1e6
 
 
 def fill_with_noise(model: nn.Module) -> None:

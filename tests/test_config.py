@@ -88,11 +88,6 @@ def test_overrides_are_json_or_text() -> None:
             r"train\.compile is blocks, but at train\.zero_stage 3 .*set train\.zero_stage to 2 or less",
         ),
         ("train.compile=true", r"train\.compile: .*'none', 'functions' or 'blocks'.*got true"),
-        (
-            'train={"steps":9999,"global_batch":32,"micro_batch":32,"zero_stage":1,"compile":"blocks",'
-            '"activation_checkpointing":"selective"}',
-            r"train\.compile is blocks and train\.activation_checkpointing selective.*set .* to none or full",
-        ),
         ("train.steps.more=1", r"train\.steps is a value, not a section"),
         ("nonsense", r"not of the form section\.key=value"),
         (

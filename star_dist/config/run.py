@@ -130,9 +130,9 @@ class TrainSection(Section):
     init_from: an exported folder whose weights start the run (256 -> 512 -> 1024).
     activation_checkpointing: `selective` computes norms, GELU and rotations again in the backward pass, `full` all of
     each block; both save memory and change no result.
-    compile: torch.compile of whole blocks (`blocks`, at ZeRO stages 0 to 2), or of what lies between a block's products
-    and attention (`functions`: residual sums with LayerNorm, rotation with QK norm; at every stage). The first steps
-    take longer then, and losses differ in their last bits.
+    compile: torch.compile of whole blocks (`blocks`, at ZeRO stages 0 to 2; whole with attention by flex), or of what
+    lies between a block's products and attention (`functions`: residual sums with LayerNorm, rotation with QK norm; at
+    every stage). The first steps take longer then, and losses differ in their last bits.
     scale_loss_power: a token of a scale of n tokens counts n**-power in the loss. 0 is the paper's cross-entropy; 1
     gives every scale the same say, so that layout and colours, which few tokens decide, are learned first.
     token_keep, token_drop_scales: share of tokens that training keeps of each of the last so many scales; 1 keeps all.
@@ -308,11 +308,6 @@ class RunConfig(Section):
             raise ValueError(
                 "train.compile is blocks, but at train.zero_stage 3 weights are gathered by hooks inside of blocks; "
                 "set train.zero_stage to 2 or less, or train.compile to functions"
-            )
-        if train.compile == "blocks" and train.activation_checkpointing == "selective":
-            raise ValueError(
-                "train.compile is blocks and train.activation_checkpointing selective, but a compiled block chooses by "
-                "itself what to keep; set train.activation_checkpointing to none or full, or train.compile to functions"
             )
         self.samples.sampling_options().by_scale(len(schedule))
         check_deepspeed_section(self.deepspeed, self.train.zero_stage, self.train.precision)

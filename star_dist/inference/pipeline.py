@@ -30,6 +30,7 @@ from star_dist.inference.graphs import CudaGraphRecorder, Recorder
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.sampler import KnownTokens, SampledPictures, SampledScale, sample_pictures
 from star_dist.model.block_functions import PLAIN, compiled_functions
+from star_dist.model.compiling import check_compiler
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.text import TextEncoder
@@ -145,7 +146,7 @@ class StarPipeline:
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> StarPipeline:
         """Moves everything to a device; dtype is the transformer's alone (tokens need the tokenizer in float32).
 
-        CUDA graphs are on again where that is a GPU (`accelerate`).
+        CUDA graphs are on again where that is a GPU, and compilation stays as it was (`accelerate`).
         """
         device = find_device(device) if device is not None else self.device
         if dtype is not None and dtype not in DTYPES.values():
@@ -154,20 +155,23 @@ class StarPipeline:
         self.tokenizer.to(device)
         self.text_encoder.to(device)
         self.decode_pixels = PixelDecoder(self.tokenizer)
-        return self.accelerate()
+        return self.accelerate(compile=self.model.functions is not PLAIN)
 
     def accelerate(self, graphs: bool | None = None, compile: bool = False) -> StarPipeline:
         """How the transformer runs from now on; call it again where its weights were changed in place.
 
         graphs: record every scale as a CUDA graph in the first drawing of each batch size and replay it in later ones;
         null is on where the pipeline is on a GPU. compile: what lies between a block's products and attention goes
-        through torch.compile, once for all scales and batch sizes; the first drawing waits for that.
+        through torch.compile, once for all scales and batches, but for those of one token or one row; the first
+        drawing waits for that.
 
         Raises:
-            UserError: graphs without a GPU.
+            UserError: graphs without a GPU, or PyTorch's compiler does not work here.
         """
         if graphs and self.device.type != "cuda":
             raise UserError(f"CUDA graphs need a GPU, the pipeline is on {self.device}; leave them off")
+        if compile:
+            check_compiler(self.device, "the transformer is to be compiled")
         self.model.use_functions(compiled_functions(dynamic=True) if compile else PLAIN)
         self.recorded = None
         if graphs or (graphs is None and self.device.type == "cuda"):

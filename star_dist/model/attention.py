@@ -21,6 +21,7 @@ from star_dist.model.kernels.flash import flash_kernel
 from star_dist.model.kernels.reference import ReferenceKernel
 from star_dist.model.kernels.sdpa import SdpaKernel
 from star_dist.model.layout import PackedLayout
+from star_dist.model.recompute import Recompute
 
 KeyValue = tuple[Tensor, Tensor]
 Constants = tuple[Tensor, Tensor]
@@ -79,24 +80,28 @@ class PackedAttention:
 
 @lru_cache(maxsize=32)
 def choose_kernel(
-    name: str, device: torch.device, dtype: torch.dtype, *, training: bool, functions: BlockFunctions = PLAIN
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    training: bool,
+    functions: BlockFunctions = PLAIN,
+    recompute: Recompute = "none",
 ) -> Kernel:
     """The kernel of a name of `KERNELS`, ready to run on a device in a precision; for training also backwards.
 
-    functions: plain or compiled, of which a kernel takes what it needs.
+    functions: plain or compiled, of which a kernel takes what it needs. recompute: activation checkpointing, of which
+    `selective` keeps attention's results only of a kernel that it sees. `auto` takes the fastest that can run.
 
     Raises:
-        KernelUnavailable: it cannot run there. `auto` never raises: it takes what can.
+        KernelUnavailable: it cannot run there, or not so; `auto`'s choice always runs without selective checkpointing.
     """
     if name == "auto":
-        if _flex_is_fastest(device, dtype):
-            return choose_kernel("flex", device, dtype, training=training, functions=functions)
-        try:
-            return flash_kernel(device, dtype, functions.sum_prefixes)
-        except KernelUnavailable:
-            return SdpaKernel(functions.sum_prefixes)
+        name = _fastest_kernel(device, dtype, functions, recompute)
+    if recompute == "selective":
+        _check_kernel_is_seen(check_kernel_name(name), functions.whole_blocks)
     if name == "flash":
-        return flash_kernel(device, dtype, functions.sum_prefixes)
+        return flash_kernel(device, dtype, functions.sum_prefixes, of_operations=recompute == "selective")
     if name == "flex":
         from star_dist.model.kernels.flex import flex_kernel  # imports PyTorch's compiler, which takes seconds
 
@@ -107,8 +112,37 @@ def choose_kernel(
     return ReferenceKernel()
 
 
+def _fastest_kernel(device: torch.device, dtype: torch.dtype, functions: BlockFunctions, recompute: Recompute) -> str:
+    if recompute == "selective":
+        takes_flex = functions.whole_blocks and device.type == "cuda"
+    else:
+        takes_flex = _flex_is_fastest(device, dtype)
+    if takes_flex:
+        return "flex"
+    try:
+        flash_kernel(device, dtype, of_operations=recompute == "selective")
+    except KernelUnavailable:
+        return "sdpa"
+    return "flash"
+
+
+def _check_kernel_is_seen(name: str, whole_blocks: bool) -> None:
+    if whole_blocks and name in ("flash", "sdpa"):
+        raise KernelUnavailable(
+            f"train.compile is blocks and train.activation_checkpointing selective, for which the compiler has to see "
+            f"attention, but {name} runs as it is; set model.attention to flex (on a GPU), train.compile to functions "
+            f"or train.activation_checkpointing to none or full"
+        )
+    if not whole_blocks and name == "flex":
+        raise KernelUnavailable(
+            "train.activation_checkpointing is selective and model.attention flex, which is compiled as one function, "
+            "so that attention would be computed twice; set model.attention to auto, train.compile to blocks or "
+            "train.activation_checkpointing to none or full"
+        )
+
+
 def _flex_is_fastest(device: torch.device, dtype: torch.dtype) -> bool:
-    """Where FlashAttention-4 runs it: on an H200 at all three resolutions (docs/performance.md)."""
+    """Where FlashAttention-4 runs it: on an H200 at 256 and 512 pixels, in both passes (docs/performance.md)."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     if not _has_flash_attn():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from star_dist.model.compiling import compiled
 from star_dist.model.kernels.scale_by_scale import SumPrefixes, sum_prefixes, sum_prefixes_for_compiler
 from star_dist.model.qk_norm import (
     backward_pass,
@@ -22,6 +23,7 @@ from star_dist.model.qk_norm import (
     forward_pass,
     rotate_and_normalize,
 )
+from star_dist.model.recompute import Recompute, run_block, run_block_keeping_products
 
 LAYER_NORM_EPS = 1e-6
 
@@ -39,23 +41,25 @@ def add_and_norm(x_TD: Tensor, branch_TD: Tensor) -> tuple[Tensor, Tensor]:
     return x_TD, layer_norm(x_TD)
 
 
-def call_block(block: Callable[..., Tensor], x_TD: Tensor, text_SC: Tensor, **options: Any) -> Tensor:
-    """What runs a block: the place where a whole one is compiled."""
-    return block(x_TD, text_SC, **options)
+def call_block(block: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
+    """One function for the blocks of all layers, of which the compiler then makes one."""
+    return block(*inputs, **options)
 
 
 class BlockFunctions:
-    """add_and_norm, rotate_and_normalize, sum_prefixes, call_block: as the functions of these names.
+    """add_and_norm, rotate_and_normalize, sum_prefixes, run_block: as the functions of these names.
 
-    compiler: what the first three go through.
+    compiler: what the first three go through. whole_blocks: attention is inside of what is compiled.
     """
+
+    whole_blocks = False
 
     def __init__(self, compiler: Compiler, sum_prefixes: SumPrefixes = sum_prefixes) -> None:
         self.add_and_norm = compiler(add_and_norm)
         self.sum_prefixes = compiler(sum_prefixes)
         passes = compiler(forward_pass), compiler(backward_pass)
         self.rotate_and_normalize = partial(rotate_and_normalize, passes=passes)
-        self.call_block = call_block
+        self.run_block = run_block
 
 
 PLAIN = BlockFunctions(lambda function: function)
@@ -65,28 +69,28 @@ PLAIN = BlockFunctions(lambda function: function)
 def compiled_functions(dynamic: bool | None = None) -> BlockFunctions:
     """The functions through torch.compile: once per process, because what is compiled belongs to their code.
 
-    dynamic: true compiles for all shapes at once, null for the first shape and, when another comes, for all others.
+    dynamic: as `compiled`'s.
     """
-    _allow_recompiling()
-    return BlockFunctions(partial(torch.compile, dynamic=dynamic), sum_prefixes_for_compiler)
+    return BlockFunctions(partial(compiled, dynamic=dynamic), sum_prefixes_for_compiler)
 
 
-@cache
-def compiled_blocks() -> BlockFunctions:
-    """Whole blocks through torch.compile, below ZeRO-3: all layers share what is compiled.
+class CompiledBlocks(BlockFunctions):
+    """Whole blocks through torch.compile, below ZeRO-3: all layers share what is compiled."""
 
-    The compiler decides what a block keeps for its backward pass: on a GPU a tenth more than plain blocks keep.
-    """
-    _allow_recompiling()
-    functions = BlockFunctions(lambda function: function)
-    functions.sum_prefixes = torch.compile(sum_prefixes_for_compiler)
-    functions.rotate_and_normalize = differentiable_rotate_and_normalize
-    functions.call_block = torch.compile(call_block)
-    return functions
+    whole_blocks = True
+
+    def __init__(self) -> None:
+        super().__init__(lambda function: function)
+        self.sum_prefixes = compiled(sum_prefixes_for_compiler)
+        self.rotate_and_normalize = differentiable_rotate_and_normalize
+        self.compiled_block = compiled(call_block)
+        self.compiled_block_keeping_products = compiled(run_block_keeping_products)
+        self.run_block = self._run_block
+
+    def _run_block(self, block: Callable[..., Tensor], recompute: Recompute, *inputs: Any, **options: Any) -> Tensor:
+        if recompute == "selective" and torch.is_grad_enabled():
+            return self.compiled_block_keeping_products(block, *inputs, **options)
+        return run_block(partial(self.compiled_block, block), recompute, *inputs, **options)
 
 
-def _allow_recompiling() -> None:
-    """PyTorch gives up a function, silently, after 8 kinds of inputs: resolutions, with and without gradients, …"""
-    import torch._dynamo  # PyTorch's compiler, which takes seconds to import
-
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+compiled_blocks = cache(CompiledBlocks)

@@ -61,7 +61,7 @@ def differentiable_rotate_and_normalize(
 ) -> Tensor:
     """The same in PyTorch's own operations, for a compiler that decides by itself what to keep.
 
-    Rotated last: behind a rotation, which the compiler does not repeat in a backward pass, it would keep float32 copies.
+    Rotated last: the compiler repeats no rotation in a backward pass and would keep float32 copies of what came of it.
     """
     result_THd = F.normalize(x_THd.to(torch.promote_types(x_THd.dtype, torch.float32)), dim=-1, eps=MIN_NORM)
     if factor_H1 is not None:

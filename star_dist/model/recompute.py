@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -27,6 +28,19 @@ def run_block(block: Callable[..., Tensor], recompute: Recompute, *inputs: Any, 
     extra = {"context_fn": _selective_contexts} if recompute == "selective" else {}
     # The forward pass draws no random numbers.
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **extra, **options)
+
+
+def run_block_keeping_products(block: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
+    """`selective` for a compiler that sees all of the block, attention too, and makes one graph of both passes.
+
+    What runs operation by operation is not seen by it, and would be computed again.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **options)
+
+
+def _policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if _is_product(operator) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _selective_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:

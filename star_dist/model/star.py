@@ -5,8 +5,6 @@ T image tokens of the packed batch, S text tokens, B samples, C code dimension, 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,13 +15,15 @@ from star_dist.model.blocks import Block
 from star_dist.model.chunked_loss import LinearCrossEntropy, fast_float32_products
 from star_dist.model.config import StarConfig
 from star_dist.model.layout import PackedLayout
-from star_dist.model.recompute import Recompute, run_block
+from star_dist.model.recompute import Recompute
 from star_dist.model.rope import Rotary, packed_rotary
 from star_dist.scales import ScaleSchedule
 
 
 class Head(nn.Linear):
-    """LayerNorm and the projection to the codebook, in float32 whatever the rest runs in."""
+    """LayerNorm and the projection to the codebook, in float32 whatever the rest runs in; products as TF32 where
+    `fast_float32_products` says so.
+    """
 
     def forward(self, x_TD: Tensor, targets_T: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (T, V), or with targets per-token losses (T,) and hits (T,), for which no logits are kept."""
@@ -96,8 +96,8 @@ class STAR(nn.Module):
 
     def run_blocks(self, x_TD: Tensor, text_SW: Tensor, rotary: Rotary | None, context: AttentionContext) -> Tensor:
         for layer, block in enumerate(self.blocks):
-            call = partial(self.functions.call_block, block)
-            x_TD = run_block(call, self.recompute, x_TD, text_SW, rotary=rotary, context=context.of_layer(layer))
+            options = {"rotary": rotary, "context": context.of_layer(layer)}
+            x_TD = self.functions.run_block(block, self.recompute, x_TD, text_SW, **options)
         return x_TD
 
     def forward(
@@ -125,7 +125,10 @@ class STAR(nn.Module):
         positions = layout.positions(device) if positions_T is None else positions_T
         x_TD = self.add_positions(x_TD, layout.scale_ids(device), positions)
         training = torch.is_grad_enabled()
-        kernel = choose_kernel(self.attention, device, dtype, training=training, functions=self.functions)
+        recompute = self.recompute if training else "none"
+        kernel = choose_kernel(
+            self.attention, device, dtype, training=training, functions=self.functions, recompute=recompute
+        )
         context = PackedAttention(layout, kernel, device)
         x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device, positions_T), context)
         return self.head_logits(x_TD, targets_T)

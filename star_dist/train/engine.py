@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
 from star_dist.model.block_functions import PLAIN, BlockFunctions, compiled_blocks, compiled_functions
+from star_dist.model.compiling import check_compiler
 from star_dist.model.initialization import initial_value
 from star_dist.model.star import STAR
 from star_dist.process import ProcessInfo, check_gpus_are_there
@@ -44,12 +45,12 @@ class Engine:
         self.config = config
         self.process = process
         self.device = _device(process)
-        self.attention = attention_kernel(config, self.device, training=True)
+        functions = _block_functions(config, self.device)
+        self.attention = attention_kernel(config, self.device, training=True, functions=functions)
         timeout = collective_timeout(config)
         _initialize_process_group(timeout)
         settings = config.deepspeed_config(process.world_size)
         partitioned = config.train.zero_stage == 3
-        functions = _block_functions(config, self.device)
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=partitioned):
             model = STAR(config.star_config(), config.model.attention, config.train.activation_checkpointing, functions)
         if not partitioned:
@@ -157,14 +158,7 @@ def _block_functions(config: RunConfig, device: torch.device) -> BlockFunctions:
     """Raises UserError where PyTorch's compiler is wanted and does not work."""
     if config.train.compile == "none":
         return PLAIN
-    try:
-        torch.compile(torch.square)(torch.ones(2, device=device))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = next(line for line in str(error).splitlines() if line.strip())
-        raise UserError(
-            f"train.compile is {config.train.compile}, but PyTorch's compiler does not work here: {reason}; install a "
-            f"C++ compiler, or set train.compile to none"
-        ) from None
+    check_compiler(device, f"train.compile is {config.train.compile}")
     return compiled_blocks() if config.train.compile == "blocks" else compiled_functions()
 
 

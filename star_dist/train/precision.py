@@ -7,6 +7,7 @@ import torch
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
 from star_dist.model.attention import choose_kernel
+from star_dist.model.block_functions import PLAIN, BlockFunctions
 from star_dist.model.kernels.base import KernelUnavailable
 
 
@@ -20,15 +21,24 @@ def frozen_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return run_dtype(config) if device.type == "cuda" else torch.float32
 
 
-def attention_kernel(config: RunConfig, device: torch.device, *, training: bool) -> str:
-    """What the run's attention kernel is on this machine.
+def attention_kernel(
+    config: RunConfig, device: torch.device, *, training: bool, functions: BlockFunctions = PLAIN
+) -> str:
+    """What the run's attention kernel is on this machine, with the functions that its blocks run with.
 
     Raises:
         UserError: the named kernel cannot run here.
     """
     name = config.model.attention
     try:
-        kernel = choose_kernel(name, device, run_dtype(config), training=training)
+        kernel = choose_kernel(
+            name,
+            device,
+            run_dtype(config),
+            training=training,
+            functions=functions,
+            recompute=config.train.activation_checkpointing if training else "none",
+        )
     except KernelUnavailable as error:
         raise UserError(str(error)) from None
     return kernel.description + (", chosen by auto" if name == "auto" else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from star_dist.inference import acceleration
 from star_dist.inference.cached_model import CachedModel
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import StarPipeline
+from star_dist.model.block_functions import PLAIN, compiled_functions
+from star_dist.model.compiling import compiled
 from tests.ranks import run_ranks
 
 PROMPTS = ["red heart", "blue flag", "green face"]
@@ -112,8 +115,10 @@ def test_drawing_goes_on_after_memory_was_short(
         with monkeypatch.context() as patch:
             patch.setattr(where, name, fail)
             with pytest.raises(torch.OutOfMemoryError):
-                recorded.recorded.reserve(12, 8).logits(0, torch.zeros(12, 16))
-        assert recorded.recorded.plain is None and not recorded.recorded.recorded
+                model = recorded.recorded.reserve(12, 8)
+                model.set_text(torch.zeros(12, 16), tuple(range(12)), (1,) * 12)
+                model.logits(0, torch.zeros(12, 16))
+        assert recorded.recorded.plain is None and not recorded.recorded.recorded and not recorded.recorded.texts
         assert_same(recorded, plain, PROMPTS[:1], 1, GUIDED)
 
 
@@ -124,6 +129,7 @@ def test_graphs_of_the_last_row_counts_alone_are_kept(
     for batch in (3, 2, 1, 3):
         assert_same(recorded, plain, PROMPTS[:batch], batch, UNGUIDED)
     assert list(recorded.recorded.recorded) == [1, 3]
+    assert set(recorded.recorded.texts) == {1, 3}
 
 
 def test_in_bf16_and_with_weights_moved(plain: StarPipeline, recorded: StarPipeline, recorder: Rerun) -> None:
@@ -170,11 +176,11 @@ def test_compiled_functions_agree(inference_folder: Path, plain: StarPipeline) -
     """All layers, scales and batches share what is compiled, but for scales of one token."""
 
     @torch.no_grad()
-    def compare() -> tuple[float, list[int]]:
-        compiled = StarPipeline.from_pretrained(inference_folder).accelerate(compile=True)
+    def compare() -> tuple[float, list[int], bool]:
+        faster = StarPipeline.from_pretrained(inference_folder).accelerate(compile=True)
         torch.manual_seed(0)
         worst, graphs = 0.0, []
-        models = [CachedModel(pipeline.model, pipeline.schedule, 7, 8) for pipeline in (plain, compiled)]
+        models = [CachedModel(pipeline.model, pipeline.schedule, 7, 8) for pipeline in (plain, faster)]
         for rows in (5, 7):  # no other size in the model: the compiler binds sizes that are equal by chance
             text, inputs = torch.randn(6 * rows, 16), [torch.randn(rows, 16)]
             inputs += [torch.randn(rows, length, 8) for length in plain.schedule.lengths[1:]]
@@ -184,13 +190,33 @@ def test_compiled_functions_agree(inference_folder: Path, plain: StarPipeline) -
                 one, other = (model.logits(scale, x) for model in models)
                 worst = max(worst, (one - other).abs().max().item() / one.abs().max().item())
                 graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        return worst, graphs
+        moved = faster.to(dtype=torch.bfloat16).model
+        return worst, graphs, moved.functions is compiled_functions(dynamic=True)
 
     # In a process of its own: the compiler starts threads, after which no test could fork.
-    ((worst, graphs),) = run_ranks(compare, 1)
+    ((worst, graphs, still_compiled),) = run_ranks(compare, 1)
+    assert still_compiled and plain.model.functions is PLAIN
     assert worst < 1e-5
     assert graphs[-1] <= 10  # texts; the sum, queries and keys of images, queries of texts: of one token and of several
     assert len(set(graphs[2:])) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_more_kinds_of_inputs_than_pytorch_compiles_by_itself_in_any_thread() -> None:
+    def compile_in_a_thread() -> int:
+        double = compiled(lambda x: 2 * x, dynamic=False)
+
+        def work() -> None:
+            for length in range(1, 13):
+                double(torch.ones(length))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    assert run_ranks(compile_in_a_thread, 1) == [12]
 
 
 @pytest.mark.gpu

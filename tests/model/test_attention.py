@@ -1,5 +1,6 @@
 """Every attention kernel against the reference, and what each must never do: see later scales, or grow with L^2."""
 
+import dataclasses
 import gc
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from star_dist.config import RunConfig
 from star_dist.errors import UserError
 from star_dist.model import attention
 from star_dist.model.attention import PackedAttention, choose_kernel
+from star_dist.model.block_functions import PLAIN, BlockFunctions, CompiledBlocks
 from star_dist.model.kernels import flash, flex
 from star_dist.model.kernels.base import Kernel, KernelUnavailable
 from star_dist.model.kernels.reference import ReferenceKernel, block_causal_mask
@@ -346,9 +348,38 @@ def test_auto_takes_flex_where_flash_attention_4_runs_it(monkeypatch: pytest.Mon
 def test_libraries_are_tried_in_order(fresh_choice: None) -> None:
     with pytest.raises(KernelUnavailable) as error:
         flash.flash_library(7)
-    for said in ("compute capability 9 on", "9 alone", "from compute capability 8 on", "varlen attention runs from"):
-        assert said in str(error.value)
+    said = ("flash-attn 3 runs", "flash-attn 4 is taken", "varlen attention runs from", "flash-attn 2 runs from")
+    places = [str(error.value).index(reason) for reason in said]
+    assert places == sorted(places)
     assert flash.flash_library(9).name.startswith(("flash-attn", "PyTorch"))
+
+
+def test_selective_checkpointing_takes_what_it_sees(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
+    """Else attention would be computed twice, without a word."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: True)
+    monkeypatch.setattr(flex, "flash_attn_4", lambda generation: StandIn().library())
+    unseen = dataclasses.replace(StandIn().library(), name="flash-attn 4", of_operations=False)
+    monkeypatch.setattr(flash, "LIBRARIES", (lambda generation: unseen, flash.torch_varlen))
+
+    def choose(name: str, functions: BlockFunctions, recompute: str = "selective", device: str = "cuda") -> str:
+        options = {"training": True, "functions": functions, "recompute": recompute}
+        return choose_kernel(name, torch.device(device), torch.bfloat16, **options).description
+
+    whole = CompiledBlocks()
+    assert choose("auto", PLAIN, "full").startswith("flex") and choose("flash", PLAIN, "full") == "flash (flash-attn 4)"
+    assert choose("auto", PLAIN).startswith("flash (PyTorch") and choose("flash", PLAIN).startswith("flash (PyTorch")
+    assert choose("auto", whole).startswith("flex")
+    with pytest.raises(KernelUnavailable, match="selective and model.attention flex, which is compiled as one"):
+        choose("flex", PLAIN)
+    for name, device in (("flash", "cuda"), ("auto", "cpu")):
+        with pytest.raises(KernelUnavailable, match="compile is blocks and .* selective, .* has to see attention"):
+            choose(name, whole, device=device)
+    monkeypatch.setattr(flash, "LIBRARIES", (lambda generation: unseen,))
+    flash.flash_library.cache_clear(), choose_kernel.cache_clear()
+    assert choose("auto", PLAIN).startswith("sdpa")
+    with pytest.raises(KernelUnavailable, match="flash-attn 4 is not seen by train.activation_checkpointing selective"):
+        choose("flash", PLAIN)
 
 
 def test_a_named_kernel_that_cannot_run_is_an_error(run_config: Callable[..., RunConfig]) -> None:

@@ -1,11 +1,14 @@
 """The chunked loss against PyTorch's, in value, gradient and memory."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from star_dist.model import chunked_loss
+from star_dist.model import chunked_loss, star
 from star_dist.model.chunked_loss import LinearCrossEntropy, fast_float32_products
+from star_dist.model.star import Head
 
 
 @pytest.fixture
@@ -55,6 +58,28 @@ def test_no_logits_of_the_whole_batch_exist(monkeypatch: pytest.MonkeyPatch) -> 
         losses, _ = LinearCrossEntropy.apply(x, weight, bias, torch.zeros(256, dtype=torch.long))
         losses.sum().backward()
     assert count.largest <= 256 * 4 * 4  # x's own gradient; all logits would be 256 * 64 * 4
+
+
+def test_all_products_of_the_head_are_of_that_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = {"linear": F.linear, "addmm": torch.addmm, "mm": torch.mm}
+    seen = []
+
+    def noted(name: str) -> Callable[..., torch.Tensor]:
+        def product(*arguments: object, **options: object) -> torch.Tensor:
+            seen.append((name, torch.get_float32_matmul_precision()))
+            return products[name](*arguments, **options)
+
+        return product
+
+    for module, name in ((F, "linear"), (torch, "addmm"), (torch, "mm")):
+        monkeypatch.setattr(module, name, noted(name))
+    for module in (chunked_loss, star):  # as on a GPU
+        on_gpu = lambda stored, _: fast_float32_products(stored, torch.device("cuda"))
+        monkeypatch.setattr(module, "fast_float32_products", on_gpu)
+    head, x = Head(4, 8).bfloat16(), torch.randn(3, 4, requires_grad=True)
+    head(x)
+    head(x, torch.zeros(3, dtype=torch.long))[0].sum().backward()
+    assert seen == [("linear", "high"), ("addmm", "high"), ("addmm", "high"), ("mm", "high")]
 
 
 def test_float32_products_are_tf32_only_with_bf16_weights_on_a_gpu() -> None:

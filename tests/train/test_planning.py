@@ -99,6 +99,8 @@ def test_the_recommended_zero_stage_communicates_least_of_those_that_fit() -> No
     run = config("d30.json")
     for gpus, memory_gb, stage in ((1, 141, 0), (8, 141, 1), (64, 141, 2), (8, 42, 2), (8, 40, 3), (8, 36, None)):
         assert recommended_zero_stage(run, gpus, memory_gb) == stage, (gpus, memory_gb)
+    blocks = run.model_copy(update={"train": run.train.model_copy(update={"compile": "blocks"})})
+    assert recommended_zero_stage(blocks, 8, 40) is None  # whole blocks are not compiled at stage 3
 
 
 def test_the_command_prints_and_refuses() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -35,11 +35,15 @@ TextOffsets = tuple[Tensor, Tensor, int, int]
 
 @dataclass(frozen=True)
 class FlashLibrary:
-    """A library's two functions, with the softmax scale bound."""
+    """A library's two functions, with the softmax scale bound.
+
+    of_operations: they are operations of PyTorch, which checkpointing sees.
+    """
 
     name: str
     dense: DenseAttention
     varlen: VarlenAttention
+    of_operations: bool = True
 
 
 class FlashKernel(ByLayout):
@@ -83,8 +87,13 @@ def text_offsets(layout: PackedLayout, device: torch.device) -> TextOffsets:
     return layout.token_offsets(device), layout.text_offsets(device), longest, max(layout.text_lengths)
 
 
-def flash_kernel(device: torch.device, dtype: torch.dtype, sum_prefixes: SumPrefixes = sum_prefixes) -> FlashKernel:
-    """The flash kernel of this machine.
+def flash_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    sum_prefixes: SumPrefixes = sum_prefixes,
+    of_operations: bool = False,
+) -> FlashKernel:
+    """The flash kernel of this machine; of_operations: as `flash_library`'s.
 
     Raises:
         KernelUnavailable: no GPU, a precision that flash attention does not take, or no library, with all reasons.
@@ -96,28 +105,35 @@ def flash_kernel(device: torch.device, dtype: torch.dtype, sum_prefixes: SumPref
             f"attention kernel flash takes bfloat16 or float16, not {dtype}; set train.precision to bf16, or "
             f"model.attention to auto or sdpa"
         )
-    library = flash_library(torch.cuda.get_device_capability(device)[0])
+    library = flash_library(torch.cuda.get_device_capability(device)[0], of_operations)
     return FlashKernel(library, sum_prefixes=sum_prefixes)
 
 
 @lru_cache(maxsize=8)
-def flash_library(generation: int) -> FlashLibrary:
-    """The first library that is installed and runs on a GPU of compute capability `generation`.x."""
+def flash_library(generation: int, of_operations: bool = False) -> FlashLibrary:
+    """The first library that is installed and runs on a GPU of compute capability `generation`.x.
+
+    of_operations: of those alone that run as operations of PyTorch.
+    """
     reasons = []
     for load in LIBRARIES:
         try:
-            return load(generation)
+            library = load(generation)
+            if of_operations and not library.of_operations:
+                raise KernelUnavailable(f"{library.name} is not seen by train.activation_checkpointing selective")
+            return library
         except (ImportError, KernelUnavailable) as error:
             reasons.append(str(error))
     raise KernelUnavailable(f"attention kernel flash has no library on this machine: {'; '.join(reasons)}")
 
 
 def flash_attn_4(generation: int) -> FlashLibrary:
-    """FlashAttention-4 (PyPI: flash-attn-4), written for Hopper's and Blackwell's tensor cores."""
+    """FlashAttention-4 (PyPI: flash-attn-4), written for Hopper's and Blackwell's tensor cores, as Python functions."""
     if generation < 9:
         raise KernelUnavailable("flash-attn 4 is taken from compute capability 9 on")
     module = importlib.import_module("flash_attn.cute")
-    return _flash_attn_library("flash-attn 4", module.flash_attn_func, module.flash_attn_varlen_func)
+    library = _flash_attn_library("flash-attn 4", module.flash_attn_func, module.flash_attn_varlen_func)
+    return replace(library, of_operations=False)
 
 
 def flash_attn_3(generation: int) -> FlashLibrary:

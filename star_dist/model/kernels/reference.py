@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from star_dist.model.kernels.base import SOFTMAX_SCALE, ByLayout
+from star_dist.model.kernels.base import SOFTMAX_SCALE
 from star_dist.model.layout import PackedLayout
 from star_dist.scales import ScaleSchedule
 
 
-class ReferenceKernel(ByLayout):
+class ReferenceKernel:
     description = "reference"
 
-    def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: PackedLayout) -> Tensor:
-        lengths = [schedule.num_tokens for schedule in layout.schedules]
-        samples = zip(query_THd.split(lengths), key_THd.split(lengths), value_THd.split(lengths), layout.schedules)
-        return torch.cat([softmax_attention(q, k, v, block_causal_mask(s, q.device)) for q, k, v, s in samples])
+    def prepare_image(self, layout: PackedLayout, device: torch.device) -> list[Tensor]:
+        """What the queries of every sample see."""
+        masks = {schedule: block_causal_mask(schedule, device) for schedule in set(layout.schedules)}
+        return [masks[schedule] for schedule in layout.schedules]
+
+    def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, image: list[Tensor]) -> Tensor:
+        lengths = [len(visible) for visible in image]
+        samples = zip(query_THd.split(lengths), key_THd.split(lengths), value_THd.split(lengths), image)
+        return torch.cat([softmax_attention(q, k, v, visible) for q, k, v, visible in samples])
 
     def prepare_text(self, layout: PackedLayout, device: torch.device) -> None:
         return None

@@ -46,7 +46,7 @@ def sum_prefixes(gradients: tuple[Tensor, ...]) -> Tensor:
 def sum_prefixes_for_compiler(gradients: tuple[Tensor, ...]) -> Tensor:
     """The same sum as the compiler makes one kernel of: every gradient is read once, and no sum is written in between.
 
-    It would inline the one above over and over.
+    Of `sum_prefixes` it would make a chain in which every scale repeats what it does for all coarser ones.
     """
     dtype, longest = gradients[-1].dtype, gradients[-1].shape[1]
     precise = torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,42 @@
+"""torch.compile for what runs with many kinds of inputs and in many threads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+
+from star_dist.errors import UserError
+
+# Resolutions, numbers of rows, with and without gradients, … After 8 kinds PyTorch runs a function as it is, silently.
+RECOMPILE_LIMIT = 64
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function, dynamic: bool | None = None) -> Function:
+    """torch.compile(function) for up to `RECOMPILE_LIMIT` kinds of inputs.
+
+    dynamic: true compiles for all shapes at once, null for the first shape and, when another comes, for all others.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # PyTorch's setting belongs to one thread
+        return torch.compile(function, dynamic=dynamic, recompile_limit=RECOMPILE_LIMIT)
+    from torch._dynamo import config  # PyTorch's compiler, which takes seconds to import
+
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    return torch.compile(function, dynamic=dynamic)
+
+
+@cache
+def check_compiler(device: torch.device, asked_by: str) -> None:
+    """Raises UserError where PyTorch's compiler does not work; asked_by: the option that wants it, "x is y"."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next(line for line in str(error).splitlines() if line.strip())
+        raise UserError(
+            f"{asked_by}, but PyTorch's compiler does not work here: {reason}; install a C++ compiler, or leave it off"
+        ) from None
