@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -99,13 +100,17 @@ class DenseStar(STAR):
         return F.cross_entropy(logits_TV, targets_T, reduction="none"), logits_TV.argmax(-1) == targets_T
 
 
-def star(compile: str) -> Callable[..., STAR]:
+Kind = Callable[..., STAR]
+DENSE = "dense mask"
+
+
+def star(compile: str) -> Kind:
     """A STAR as `train.compile` runs it."""
     functions = {"none": lambda: PLAIN, "functions": compiled_functions, "blocks": compiled_blocks}[compile]()
     return partial(STAR, functions=functions)
 
 
-def build_step(kind: Callable[..., STAR], case: Case, device: torch.device) -> Callable[[], None]:
+def build_step(kind: Kind, case: Case, device: torch.device) -> Callable[[], None]:
     """A closure that runs one step."""
     torch.manual_seed(0)
     config = StarConfig(depth=case.depth, scales=case.schedule.sides)
@@ -139,19 +144,45 @@ def build_step(kind: Callable[..., STAR], case: Case, device: torch.device) -> C
 
 
 def measure(
-    kind: Callable[..., STAR], case: Case, device: torch.device, peak_flops: float, repeats: int
+    kinds: dict[str, Kind], case: Case, device: torch.device, peak_flops: float, repeats: int
+) -> list[dict[str, Any]]:
+    """A row for each kind, by name. A CPU takes their steps in turns, because its speed changes by the minute."""
+    names = list(kinds)
+    rows, seconds = [], {}
+    for together in [names] if device.type == "cpu" else [[name] for name in names]:
+        facts = {"model": f"d{case.depth}", "resolution": case.resolution, "batch": case.batch}
+        try:
+            steps = {name: build_step(kinds[name], case, device) for name in together}
+            rounds = [
+                {name: median_seconds(step, device, 1, warmup=0) for name, step in steps.items()}
+                for _ in range(1 + repeats)
+            ]
+            for name, step in steps.items():
+                seconds[name] = [of_round[name] for of_round in rounds[1:]]
+                rows.append(facts | {"step": name} | facts_of_step(step, case, device, peak_flops, seconds[name]))
+            del steps
+        except torch.OutOfMemoryError:
+            rows += [facts | {"step": name, "failed": "out of memory"} for name in together]
+    if DENSE in seconds:
+        for row in (row for row in rows if row["step"] in seconds):
+            row["speedup"] = median(dense / ours for dense, ours in zip(seconds[DENSE], seconds[row["step"]]))
+            row["memory_ratio"] = row["peak_gib"] / rows[names.index(DENSE)]["peak_gib"]
+    return rows
+
+
+def facts_of_step(
+    step: Callable[[], None], case: Case, device: torch.device, peak_flops: float, seconds: list[float]
 ) -> dict[str, Any]:
-    step = build_step(kind, case, device)
-    seconds = median_seconds(step, device, repeats, warmup=1)
     config = StarConfig(depth=case.depth, scales=case.schedule.sides)
     flops = training_flops(config, case.schedule, TEXT_TOKENS) * case.batch
+    typical_s = median(seconds)
     return {
-        "images_per_s": case.batch / seconds,
-        "tokens_per_s": case.batch * case.schedule.num_tokens / seconds,
-        "step_s": seconds,
-        "mfu": flops / seconds / peak_flops,
+        "images_per_s": case.batch / typical_s,
+        "tokens_per_s": case.batch * case.schedule.num_tokens / typical_s,
+        "step_s": typical_s,
+        "mfu": flops / typical_s / peak_flops,
         "peak_gib": peak_bytes(step, device) / 2**30,
-    } | shares(step, device, seconds)
+    } | shares(step, device, typical_s)
 
 
 def shares(step: Callable[[], None], device: torch.device, seconds: float) -> dict[str, float]:
@@ -210,32 +241,17 @@ def main() -> None:
     device = chosen_device()
     peak, peak_source = device_peak_flops(device)
     repeats = 2 if arguments.quick else 5
-    todo: list[tuple[Case, str, Callable[..., STAR]]] = []
-    for case in cases(device, arguments):
-        for compile in dict.fromkeys([case.compile, *(arguments.compile or [])]):
-            todo.append((case, "star-dist" + f", {compile} compiled" * (compile != "none"), star(compile)))
-        if arguments.against:
-            todo.append((case, "dense mask", DenseStar))
     rows: list[dict[str, Any]] = []
-    for case, name, kind in tqdm(todo, desc="train step", unit="case"):
-        facts = {"model": f"d{case.depth}", "resolution": case.resolution, "batch": case.batch, "step": name}
-        try:
-            rows.append(facts | measure(kind, case, device, peak, repeats))
-        except torch.OutOfMemoryError:
-            rows.append(facts | {"failed": "out of memory"})
-    if arguments.against:
-        dense_rows = {id(case): row for (case, _, kind), row in zip(todo, rows) if kind is DenseStar}
-        for (case, *_), row in zip(todo, rows):
-            dense = dense_rows[id(case)]
-            if "failed" not in row and "failed" not in dense:
-                row["speedup"] = dense["step_s"] / row["step_s"]
-                row["memory_ratio"] = row["peak_gib"] / dense["peak_gib"]
+    for case in tqdm(cases(device, arguments), desc="train step", unit="case"):
+        kinds: dict[str, Kind] = {}
+        for compile in dict.fromkeys([case.compile, *(arguments.compile or [])]):
+            kinds["star-dist" + f", {compile} compiled" * (compile != "none")] = last = star(compile)
+        rows += measure(kinds | ({DENSE: DenseStar} if arguments.against else {}), case, device, peak, repeats)
     heads = dict.fromkeys(head for row in rows for head in row)
     title = f"Training step on {device_name(device)}; MFU of {peak / 1e12:.4g} TFLOP/s ({peak_source})"
     print_table(title, [{head: row.get(head) for head in heads} for row in rows])
     if arguments.profile is not None:
-        ours = [(case, kind) for case, _, kind in todo if kind is not DenseStar]
-        record = profiled(build_step(ours[-1][1], ours[-1][0], device), device)
+        record = profiled(build_step(last, case, device), device)
         record.export_chrome_trace(str(arguments.profile))
         order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(record.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=100))
