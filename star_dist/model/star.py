@@ -125,10 +125,9 @@ class STAR(nn.Module):
         positions = layout.positions(device) if positions_T is None else positions_T
         x_TD = self.add_positions(x_TD, layout.scale_ids(device), positions)
         training = torch.is_grad_enabled()
-        recompute = self.recompute if training else "none"
-        kernel = choose_kernel(
-            self.attention, device, dtype, training=training, functions=self.functions, recompute=recompute
-        )
+        # Checkpointing has its say without gradients too: a run is validated with the kernel that it trains with.
+        options = {"functions": self.functions, "recompute": self.recompute}
+        kernel = choose_kernel(self.attention, device, dtype, training=training, **options)
         context = PackedAttention(layout, kernel, device)
         x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device, positions_T), context)
         return self.head_logits(x_TD, targets_T)

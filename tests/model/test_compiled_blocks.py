@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.profiler import ProfilerActivity, profile
 
-from star_dist.model.block_functions import PLAIN, BlockFunctions, compiled_blocks
+from star_dist.model import block_functions, star
+from star_dist.model.block_functions import PLAIN, BlockFunctions, CompiledBlocks, compiled_blocks
 from star_dist.model.blocks import Block
 from star_dist.model.config import StarConfig
+from star_dist.model.initialization import initialize_weights
+from star_dist.model.kernels import flex
+from star_dist.model.kernels.flash import FlashLibrary
+from star_dist.model.kernels.flex import FlexKernel
+from star_dist.model.layout import PackedLayout
 from star_dist.model.recompute import Recompute
 from star_dist.model.size import KEPT_PER_BLOCK, KEPT_SELECTIVE
+from star_dist.model.star import STAR
+from star_dist.scales import ScaleSchedule
 from tests.ranks import run_ranks
 
 CONFIG = StarConfig(depth=2, scales=(1, 2, 3, 4, 5, 6, 8), text_width=64)
 TOKENS, TEXT_TOKENS = 620, 8
 PRODUCTS = 13  # of a block's backward pass: the text wants no gradient
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 
 
 class OpaqueAttention:
@@ -91,6 +101,7 @@ def kept_and_repeated(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_blocks_keep_what_plain_ones_do_and_repeat_no_product() -> None:
     def measure() -> tuple[tuple[float, int, int], ...]:
         torch.manual_seed(0)
@@ -105,3 +116,63 @@ def test_compiled_blocks_keep_what_plain_ones_do_and_repeat_no_product() -> None
     assert compiled[0] == pytest.approx(plain[0], abs=0.1)
     assert selective[0] == pytest.approx(KEPT_SELECTIVE - 1, abs=0.3)
     assert plain[1:] == compiled[1:] == selective[1:] == (PRODUCTS, 2)
+
+
+def test_attention_by_flex_is_inside_of_whole_blocks_and_never_computed_twice() -> None:
+    """The graphs of both passes as a GPU's compiler gets them; here they run operation by operation."""
+
+    def count() -> list[tuple[dict[str, Counter[str]], int, int]]:
+        import torch._dynamo
+        import torch.nn.attention.flex_attention
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        seen = {"forward": Counter(), "backward": Counter()}
+
+        def compiler(which: str, graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+            names = (str(node.target) for node in graph.graph.nodes)
+            kinds = ("flex_attention", "flex_attention_backward", "attention.default", "attention_backward.default")
+            seen[which].update(kind for name in names for kind in kinds if name.split("::")[-1].endswith(kind))
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(
+            fw_compiler=partial(compiler, "forward"),
+            bw_compiler=partial(compiler, "backward"),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+        for module in (block_functions, flex):
+            module.compiled = partial(torch.compile, backend=backend)
+        flex._compiled = torch.compile(flex.flex_attention, backend=backend)
+        sys.modules["torch.nn.attention.flex_attention"]._validate_device = lambda *_: None  # a CPU, with gradients
+        text = OpaqueAttention().attend_image
+        library = FlashLibrary("opaque", text, lambda query, key, value, *_: text(query, key, value))
+        star.choose_kernel = lambda *_, **__: FlexKernel(None, library)
+        found = []
+        for recompute in ("none", "selective"):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            for counter in seen.values():
+                counter.clear()
+            train(recompute)
+            counters = torch._dynamo.utils.counters
+            graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+            found.append(({which: Counter(counter) for which, counter in seen.items()}, graphs, breaks))
+        return found
+
+    def train(recompute: Recompute) -> None:
+        """Three layers and three batches, whose captions have other lengths."""
+        config = StarConfig(depth=3, scales=(1, 2, 3, 4), width=64, heads=2, text_width=16, code_dim=8, vocab_size=64)
+        model = STAR(config, recompute=recompute, functions=CompiledBlocks())
+        initialize_weights(model, seed=1)
+        for lengths in ((3, 5), (7, 2), (4, 4)):
+            layout = PackedLayout.uniform(ScaleSchedule(config.scales), 2, lengths)
+            inputs = torch.randn(layout.num_tokens, 8), torch.randn(sum(lengths), 16), torch.randn(2, 16)
+            losses, _ = model(*inputs, torch.zeros(layout.num_tokens, dtype=torch.long), layout=layout)
+            losses.mean().backward()
+
+    ((none, selective),) = run_ranks(count, 1)
+    operations, graphs, breaks = none
+    assert breaks == 0 and graphs == 2  # of the first lengths, and of all others; shared by all layers
+    assert operations["forward"] == {"flex_attention": 2, "attention.default": 2}
+    assert operations["backward"] == {"flex_attention_backward": 2, "attention_backward.default": 2}
+    assert selective == none
