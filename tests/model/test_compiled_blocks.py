@@ -42,7 +42,7 @@ class OpaqueAttention:
         library = torch.library
 
         @library.custom_op("star_dist_test::attention", mutates_args=())
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor, longest_text: int = 0) -> Tensor:
             self.calls += 1
             return query.clone(memory_format=torch.contiguous_format)
 
@@ -56,11 +56,11 @@ class OpaqueAttention:
             return (torch.clone, gradient), (torch.zeros_like, key), (torch.zeros_like, value)
 
         contiguous = lambda x: torch.empty_like(x, memory_format=torch.contiguous_format)
-        attend.register_fake(lambda query, key, value: contiguous(query))
+        attend.register_fake(lambda query, *_: contiguous(query))
         backward.register_fake(lambda g, query, key, value, output: tuple(map(contiguous, (g, key, value))))
         attend.register_autograd(
-            lambda ctx, gradient: backward(gradient, *ctx.saved_tensors),
-            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
+            lambda ctx, gradient: (*backward(gradient, *ctx.saved_tensors), None),
+            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], output),
         )
         self.attend_image = attend
 
@@ -144,8 +144,8 @@ def test_attention_by_flex_is_inside_of_whole_blocks_and_never_computed_twice() 
             module.compiled = partial(torch.compile, backend=backend)
         flex._compiled = torch.compile(flex.flex_attention, backend=backend)
         sys.modules["torch.nn.attention.flex_attention"]._validate_device = lambda *_: None  # a CPU, with gradients
-        text = OpaqueAttention().attend_image
-        library = FlashLibrary("opaque", text, lambda query, key, value, *_: text(query, key, value))
+        attend = OpaqueAttention().attend_image
+        library = FlashLibrary("opaque", attend, lambda q, k, v, *offsets: attend(q, k, v, offsets[-1]))
         star.choose_kernel = lambda *_, **__: FlexKernel(None, library)
         found = []
         for recompute in ("none", "selective"):
