@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
 import torch
 from streaming import StreamingDataset
-from streaming.base.dataset import _ShardState
+from streaming.base.constant import TICK
+from streaming.base.dataset import _Iterator, _ShardState
 from torch import Tensor
 
 from star_dist.config import DataSection
@@ -130,6 +132,25 @@ class CaptionedTokens(StreamingDataset):
             self.failure = future.exception()
             self._event.set()
             self._iterator.on_exit()  # a thread that dies does not count itself, and the epoch's end waits for two
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        """Lets the reader go on to samples whose shards are there.
+
+        The library's own waits for ever for a shard that the cache's limit evicts before it looks again.
+        """
+        while it.ready_index < it.total and not it.should_exit() and not self._event.is_set():
+            if self.predownload is not None and it.ready_index - it.yield_index > self.predownload:
+                sleep(TICK)
+                continue
+            sample_id = it.sample_ids[it.ready_index]
+            shard_id = None if sample_id == -1 else self.spanner[sample_id][0]  # -1 fills up a rank's samples
+            if shard_id is None or self._shard_states[shard_id] == _ShardState.LOCAL:
+                it.ready_index += 1
+            elif self._shard_states[shard_id] == _ShardState.REMOTE:
+                self.prepare_shard(shard_id, blocking=False)
+            else:
+                sleep(TICK)
+        it.on_exit()
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Brings a shard into the cache. Background threads call it with blocking=False, readers without.

@@ -30,7 +30,7 @@ from star_dist.inference.graphs import CudaGraphRecorder, Recorder
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.sampler import KnownTokens, SampledPictures, SampledScale, sample_pictures
 from star_dist.model.block_functions import PLAIN, compiled_functions
-from star_dist.model.compiling import check_compiler
+from star_dist.model.compiling import compiler_problem
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.text import TextEncoder
@@ -170,8 +170,10 @@ class StarPipeline:
         """
         if graphs and self.device.type != "cuda":
             raise UserError(f"CUDA graphs need a GPU, the pipeline is on {self.device}; leave them off")
-        if compile:
-            check_compiler(self.device, "the transformer is to be compiled")
+        if compile and (problem := compiler_problem(self.device)):
+            raise UserError(
+                f"PyTorch's compiler does not work here: {problem}; install a C++ compiler, or do not compile"
+            )
         self.model.use_functions(compiled_functions(dynamic=True) if compile else PLAIN)
         self.recorded = None
         if graphs or (graphs is None and self.device.type == "cuda"):

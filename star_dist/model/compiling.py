@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from star_dist.errors import UserError
-
 # Resolutions, numbers of rows, with and without gradients, … After 8 kinds PyTorch runs a function as it is, silently.
 RECOMPILE_LIMIT = 64
 
@@ -31,12 +29,10 @@ def compiled(function: Function, dynamic: bool | None = None) -> Function:
 
 
 @cache
-def check_compiler(device: torch.device, asked_by: str) -> None:
-    """Raises UserError where PyTorch's compiler does not work; asked_by: the option that wants it, "x is y"."""
+def compiler_problem(device: torch.device) -> str | None:
+    """Why PyTorch's compiler does not work here, in one line; null where it does."""
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = next(line for line in str(error).splitlines() if line.strip())
-        raise UserError(
-            f"{asked_by}, but PyTorch's compiler does not work here: {reason}; install a C++ compiler, or leave it off"
-        ) from None
+        return next(line for line in str(error).splitlines() if line.strip())
+    return None

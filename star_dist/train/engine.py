@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
 from star_dist.model.block_functions import PLAIN, BlockFunctions, compiled_blocks, compiled_functions
-from star_dist.model.compiling import check_compiler
+from star_dist.model.compiling import compiler_problem
 from star_dist.model.initialization import initial_value
 from star_dist.model.star import STAR
 from star_dist.process import ProcessInfo, check_gpus_are_there
@@ -158,7 +158,11 @@ def _block_functions(config: RunConfig, device: torch.device) -> BlockFunctions:
     """Raises UserError where PyTorch's compiler is wanted and does not work."""
     if config.train.compile == "none":
         return PLAIN
-    check_compiler(device, f"train.compile is {config.train.compile}")
+    if problem := compiler_problem(device):
+        raise UserError(
+            f"train.compile is {config.train.compile}, but PyTorch's compiler does not work here: {problem}; install a "
+            f"C++ compiler, or set train.compile to none"
+        )
     return compiled_blocks() if config.train.compile == "blocks" else compiled_functions()
 
 

@@ -4,13 +4,18 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from streaming.base.dataset import _Iterator, _ShardState
 
 from star_dist.config import RunConfig
 from star_dist.data.batches import HeldOutBatches, drop_captions
+from star_dist.data.dataset import CaptionedTokens
 from star_dist.data.fetch import check_local_shards, fetch_metadata
 from star_dist.errors import UserError
 from star_dist.process import prepare_process_environment
@@ -52,6 +57,29 @@ def test_order_depends_on_the_step_alone(run_config: MakeConfig, num_workers: in
         seen = [sample for step in whole[epoch * steps_per_epoch : (epoch + 1) * steps_per_epoch] for sample in step]
         assert len(set(seen)) == len(seen) == 48
     assert whole[:6] != whole[6:12]
+
+
+def test_a_shard_that_is_evicted_while_it_is_waited_for_is_fetched_again() -> None:
+    """As a cache limit does it that is small for what is read ahead."""
+    states = [_ShardState.LOCAL, _ShardState.PREPARING]
+    fetched = []
+
+    class Evicting:
+        predownload, spanner, _event, _shard_states = None, {7: (0, 0), 8: (1, 0), 9: (1, 1)}, threading.Event(), states
+
+        def prepare_shard(self, shard_id: int, blocking: bool) -> None:
+            fetched.append((shard_id, blocking))
+            states[shard_id] = _ShardState.LOCAL
+
+    it = _Iterator(np.array([7, -1, 8, 9]))
+    thread = threading.Thread(target=CaptionedTokens._ready_thread, args=(Evicting(), it), daemon=True)
+    thread.start()
+    while it.ready_index < 2:
+        time.sleep(0.01)
+    assert fetched == [] and thread.is_alive()
+    states[1] = _ShardState.REMOTE  # fetched and evicted between two looks
+    thread.join(10)
+    assert not thread.is_alive() and it.ready_index == 4 and fetched == [(1, False)]
 
 
 def test_jobs_of_one_host_may_start_and_end_together(run_config: MakeConfig) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from star_dist.errors import UserError
-from star_dist.inference import acceleration
+from star_dist.inference import acceleration, pipeline
 from star_dist.inference.cached_model import CachedModel
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import StarPipeline
@@ -61,13 +61,13 @@ def recorder() -> Rerun:
 
 @pytest.fixture
 def recorded(inference_folder: Path, recorder: Rerun) -> StarPipeline:
-    pipeline = StarPipeline.from_pretrained(inference_folder)
-    pipeline.record_with(recorder.new)
-    return pipeline
+    recorded = StarPipeline.from_pretrained(inference_folder)
+    recorded.record_with(recorder.new)
+    return recorded
 
 
 def assert_same(first: StarPipeline, second: StarPipeline, prompts: list[str], seed: int, options: object) -> None:
-    drawn, expected = (pipeline.sample(prompts, seed, options) for pipeline in (first, second))
+    drawn, expected = (p.sample(prompts, seed, options) for p in (first, second))
     assert torch.equal(drawn.tokens_BL, expected.tokens_BL)
     assert torch.equal(drawn.latent_BCHH, expected.latent_BCHH)
     pictures = [[picture.tobytes() for picture in p.decode(drawn.latent_BCHH)] for p in (first, second)]
@@ -134,11 +134,18 @@ def test_graphs_of_the_last_row_counts_alone_are_kept(
 
 def test_in_bf16_and_with_weights_moved(plain: StarPipeline, recorded: StarPipeline, recorder: Rerun) -> None:
     assert_same(recorded, plain, PROMPTS, 1, GUIDED)
-    for pipeline in (plain, recorded):
-        pipeline.to(dtype=torch.bfloat16)
+    for moved in (plain, recorded):
+        moved.to(dtype=torch.bfloat16)
     assert recorded.recorded is None  # on a CPU nothing records unless it is told to
     recorded.record_with(recorder.new)
     assert_same(recorded, plain, PROMPTS, 1, GUIDED)
+
+
+def test_a_compiler_that_does_not_work_is_a_mistake(plain: StarPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "compiler_problem", lambda device: "no g++")
+    with pytest.raises(UserError, match=r"compiler does not work here: no g\+\+; install a C\+\+ compiler"):
+        plain.accelerate(compile=True)
+    assert plain.model.functions is PLAIN
 
 
 def test_graphs_are_never_used_where_they_cannot_be(plain: StarPipeline) -> None:
@@ -180,7 +187,7 @@ def test_compiled_functions_agree(inference_folder: Path, plain: StarPipeline) -
         faster = StarPipeline.from_pretrained(inference_folder).accelerate(compile=True)
         torch.manual_seed(0)
         worst, graphs = 0.0, []
-        models = [CachedModel(pipeline.model, pipeline.schedule, 7, 8) for pipeline in (plain, faster)]
+        models = [CachedModel(p.model, p.schedule, 7, 8) for p in (plain, faster)]
         for rows in (5, 7):  # no other size in the model: the compiler binds sizes that are equal by chance
             text, inputs = torch.randn(6 * rows, 16), [torch.randn(rows, 16)]
             inputs += [torch.randn(rows, length, 8) for length in plain.schedule.lengths[1:]]
