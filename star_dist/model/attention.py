@@ -105,7 +105,10 @@ def choose_kernel(
     if name == "flex":
         from star_dist.model.kernels.flex import flex_kernel  # imports PyTorch's compiler, which takes seconds
 
-        return flex_kernel(device, dtype, training)
+        kernel = flex_kernel(device, dtype, training)
+        if recompute == "selective" and kernel.text_library is None:
+            raise _unseen(f"attention to text in {dtype}")
+        return kernel
     if name == "sdpa":
         return SdpaKernel(functions.sum_prefixes)
     check_kernel_name(name)
@@ -128,17 +131,21 @@ def _fastest_kernel(device: torch.device, dtype: torch.dtype, functions: BlockFu
 
 def _check_kernel_is_seen(name: str, whole_blocks: bool) -> None:
     if whole_blocks and name in ("flash", "sdpa"):
-        raise KernelUnavailable(
-            f"train.compile is blocks and train.activation_checkpointing selective, for which the compiler has to see "
-            f"attention, but {name} runs as it is; set model.attention to flex (on a GPU), train.compile to functions "
-            f"or train.activation_checkpointing to none or full"
-        )
+        raise _unseen(name)
     if not whole_blocks and name == "flex":
         raise KernelUnavailable(
             "train.activation_checkpointing is selective and model.attention flex, which is compiled as one function, "
             "so that attention would be computed twice; set model.attention to auto, train.compile to blocks or "
             "train.activation_checkpointing to none or full"
         )
+
+
+def _unseen(attention: str) -> KernelUnavailable:
+    return KernelUnavailable(
+        f"train.compile is blocks and train.activation_checkpointing selective, for which the compiler has to see "
+        f"attention, but {attention} runs as it is; set model.attention to flex (on a GPU in bf16), train.compile to "
+        f"functions or train.activation_checkpointing to none or full"
+    )
 
 
 def _flex_is_fastest(device: torch.device, dtype: torch.dtype) -> bool:

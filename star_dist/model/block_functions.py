@@ -49,7 +49,7 @@ def call_block(block: Callable[..., Tensor], *inputs: Any, **options: Any) -> Te
 class BlockFunctions:
     """add_and_norm, rotate_and_normalize, sum_prefixes, run_block: as the functions of these names.
 
-    compiler: what the first three go through. whole_blocks: attention is inside of what is compiled.
+    compiler: what the first three go through. whole_blocks: blocks are compiled with their attention.
     """
 
     whole_blocks = False
@@ -59,7 +59,9 @@ class BlockFunctions:
         self.sum_prefixes = compiler(sum_prefixes)
         passes = compiler(forward_pass), compiler(backward_pass)
         self.rotate_and_normalize = partial(rotate_and_normalize, passes=passes)
-        self.run_block = run_block
+
+    def run_block(self, block: Callable[..., Tensor], recompute: Recompute, *inputs: Any, **options: Any) -> Tensor:
+        return run_block(block, recompute, *inputs, **options)
 
 
 PLAIN = BlockFunctions(lambda function: function)
@@ -67,7 +69,7 @@ PLAIN = BlockFunctions(lambda function: function)
 
 @cache
 def compiled_functions(dynamic: bool | None = None) -> BlockFunctions:
-    """The functions through torch.compile: once per process, because what is compiled belongs to their code.
+    """The functions through torch.compile; once per process, as `compiled_blocks`.
 
     dynamic: as `compiled`'s.
     """
@@ -85,12 +87,14 @@ class CompiledBlocks(BlockFunctions):
         self.rotate_and_normalize = differentiable_rotate_and_normalize
         self.compiled_block = compiled(call_block)
         self.compiled_block_keeping_products = compiled(run_block_keeping_products)
-        self.run_block = self._run_block
 
-    def _run_block(self, block: Callable[..., Tensor], recompute: Recompute, *inputs: Any, **options: Any) -> Tensor:
+    def run_block(self, block: Callable[..., Tensor], recompute: Recompute, *inputs: Any, **options: Any) -> Tensor:
         if recompute == "selective" and torch.is_grad_enabled():
             return self.compiled_block_keeping_products(block, *inputs, **options)
         return run_block(partial(self.compiled_block, block), recompute, *inputs, **options)
 
 
-compiled_blocks = cache(CompiledBlocks)
+@cache
+def compiled_blocks() -> CompiledBlocks:
+    """Once per process, because what is compiled belongs to the functions' code."""
+    return CompiledBlocks()

@@ -362,9 +362,15 @@ def test_selective_checkpointing_takes_what_it_sees(monkeypatch: pytest.MonkeyPa
     unseen = dataclasses.replace(StandIn().library(), name="flash-attn 4", of_operations=False)
     monkeypatch.setattr(flash, "LIBRARIES", (lambda generation: unseen, flash.torch_varlen))
 
-    def choose(name: str, functions: BlockFunctions, recompute: str = "selective", device: str = "cuda") -> str:
+    def choose(
+        name: str,
+        functions: BlockFunctions,
+        recompute: str = "selective",
+        device: str = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> str:
         options = {"training": True, "functions": functions, "recompute": recompute}
-        return choose_kernel(name, torch.device(device), torch.bfloat16, **options).description
+        return choose_kernel(name, torch.device(device), dtype, **options).description
 
     whole = CompiledBlocks()
     assert choose("auto", PLAIN, "full").startswith("flex") and choose("flash", PLAIN, "full") == "flash (flash-attn 4)"
@@ -372,6 +378,8 @@ def test_selective_checkpointing_takes_what_it_sees(monkeypatch: pytest.MonkeyPa
     assert choose("auto", whole).startswith("flex")
     with pytest.raises(KernelUnavailable, match="selective and model.attention flex, which is compiled as one"):
         choose("flex", PLAIN)
+    with pytest.raises(KernelUnavailable, match="but attention to text in torch.float32 runs as it is; .* in bf16"):
+        choose("auto", whole, dtype=torch.float32)
     for name, device in (("flash", "cuda"), ("auto", "cpu")):
         with pytest.raises(KernelUnavailable, match="compile is blocks and .* selective, .* has to see attention"):
             choose(name, whole, device=device)
