@@ -102,12 +102,16 @@ class DenseStar(STAR):
 
 Kind = Callable[..., STAR]
 DENSE = "dense mask"
+ROUNDS = "rounds_s"  # in the JSON alone
 
 
-def star(compile: str) -> Kind:
-    """A STAR as `train.compile` runs it."""
-    functions = {"none": lambda: PLAIN, "functions": compiled_functions, "blocks": compiled_blocks}[compile]()
-    return partial(STAR, functions=functions)
+def our_kinds(case: Case, arguments: argparse.Namespace) -> dict[str, Kind]:
+    """A STAR as the case's `train.compile` runs it, and as the values of --compile do, by name."""
+    functions = {"none": lambda: PLAIN, "functions": compiled_functions, "blocks": compiled_blocks}
+    return {
+        "star-dist" + f", {compile} compiled" * (compile != "none"): partial(STAR, functions=functions[compile]())
+        for compile in dict.fromkeys([case.compile, *(arguments.compile or [])])
+    }
 
 
 def build_step(kind: Kind, case: Case, device: torch.device) -> Callable[[], None]:
@@ -147,27 +151,29 @@ def measure(
     kinds: dict[str, Kind], case: Case, device: torch.device, peak_flops: float, repeats: int
 ) -> list[dict[str, Any]]:
     """A row for each kind, by name. A CPU takes their steps in turns, because its speed changes by the minute."""
-    names = list(kinds)
-    rows, seconds = [], {}
-    for together in [names] if device.type == "cpu" else [[name] for name in names]:
-        facts = {"model": f"d{case.depth}", "resolution": case.resolution, "batch": case.batch}
+    facts = {"model": f"d{case.depth}", "resolution": case.resolution, "batch": case.batch}
+    rows: list[dict[str, Any]] = []
+    for names in [list(kinds)] if device.type == "cpu" else [[name] for name in kinds]:
         try:
-            steps = {name: build_step(kinds[name], case, device) for name in together}
-            rounds = [
-                {name: median_seconds(step, device, 1, warmup=0) for name, step in steps.items()}
-                for _ in range(1 + repeats)
-            ]
-            for name, step in steps.items():
-                seconds[name] = [of_round[name] for of_round in rounds[1:]]
-                rows.append(facts | {"step": name} | facts_of_step(step, case, device, peak_flops, seconds[name]))
-            del steps
+            found = take_turns([kinds[name] for name in names], case, device, peak_flops, repeats)
         except torch.OutOfMemoryError:
-            rows += [facts | {"step": name, "failed": "out of memory"} for name in together]
-    if DENSE in seconds:
-        for row in (row for row in rows if row["step"] in seconds):
-            row["speedup"] = median(dense / ours for dense, ours in zip(seconds[DENSE], seconds[row["step"]]))
-            row["memory_ratio"] = row["peak_gib"] / rows[names.index(DENSE)]["peak_gib"]
+            found = [{"failed": "out of memory"} for _ in names]
+        rows += [facts | {"step": name} | row for name, row in zip(names, found)]
+    measured = [row for row in rows if "failed" not in row]
+    for dense in [row for row in measured if row["step"] == DENSE]:
+        for row in measured:
+            row["speedup"] = median(theirs / ours for theirs, ours in zip(dense[ROUNDS], row[ROUNDS]))
+            row["memory_ratio"] = row["peak_gib"] / dense["peak_gib"]
     return rows
+
+
+def take_turns(
+    kinds: list[Kind], case: Case, device: torch.device, peak_flops: float, repeats: int
+) -> list[dict[str, Any]]:
+    """What is measured of each kind; all of their memory is given back, also where it was short."""
+    steps = [build_step(kind, case, device) for kind in kinds]
+    _, *rounds = [[median_seconds(step, device, 1, warmup=0) for step in steps] for _ in range(1 + repeats)]
+    return [facts_of_step(step, case, device, peak_flops, list(of_step)) for step, of_step in zip(steps, zip(*rounds))]
 
 
 def facts_of_step(
@@ -180,6 +186,7 @@ def facts_of_step(
         "images_per_s": case.batch / typical_s,
         "tokens_per_s": case.batch * case.schedule.num_tokens / typical_s,
         "step_s": typical_s,
+        ROUNDS: seconds,
         "mfu": flops / typical_s / peak_flops,
         "peak_gib": peak_bytes(step, device) / 2**30,
     } | shares(step, device, typical_s)
@@ -241,17 +248,17 @@ def main() -> None:
     device = chosen_device()
     peak, peak_source = device_peak_flops(device)
     repeats = 2 if arguments.quick else 5
+    todo = cases(device, arguments)
     rows: list[dict[str, Any]] = []
-    for case in tqdm(cases(device, arguments), desc="train step", unit="case"):
-        kinds: dict[str, Kind] = {}
-        for compile in dict.fromkeys([case.compile, *(arguments.compile or [])]):
-            kinds["star-dist" + f", {compile} compiled" * (compile != "none")] = last = star(compile)
-        rows += measure(kinds | ({DENSE: DenseStar} if arguments.against else {}), case, device, peak, repeats)
-    heads = dict.fromkeys(head for row in rows for head in row)
+    for case in tqdm(todo, desc="train step", unit="case"):
+        kinds = our_kinds(case, arguments) | ({DENSE: DenseStar} if arguments.against else {})
+        rows += measure(kinds, case, device, peak, repeats)
+    heads = dict.fromkeys(head for row in rows for head in row if head != ROUNDS)
     title = f"Training step on {device_name(device)}; MFU of {peak / 1e12:.4g} TFLOP/s ({peak_source})"
     print_table(title, [{head: row.get(head) for head in heads} for row in rows])
     if arguments.profile is not None:
-        record = profiled(build_step(last, case, device), device)
+        *_, kind = our_kinds(todo[-1], arguments).values()
+        record = profiled(build_step(kind, todo[-1], device), device)
         record.export_chrome_trace(str(arguments.profile))
         order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(record.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=100))

@@ -153,6 +153,11 @@ class TrainSection(Section):
     init_from: str | None = None
     omp_threads: Positive | None = None
 
+    @property
+    def possible_zero_stages(self) -> range:
+        """Those that `compile` leaves: at 3 weights are gathered by hooks inside of blocks."""
+        return range(3 if self.compile == "blocks" else 4)
+
 
 class OptimizerSection(Section):
     """AdamW. The rate rises for `warmup_steps`, then follows `schedule` down to `final_fraction` of the peak."""
@@ -304,7 +309,7 @@ class RunConfig(Section):
                 f"samples.every is {self.samples.every} but samples.prompts is empty; give prompts or set it to 0"
             )
         train = self.train
-        if train.compile == "blocks" and train.zero_stage == 3:
+        if train.zero_stage not in train.possible_zero_stages:
             raise ValueError(
                 "train.compile is blocks, but at train.zero_stage 3 weights are gathered by hooks inside of blocks; "
                 "set train.zero_stage to 2 or less, or train.compile to functions"

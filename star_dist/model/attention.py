@@ -96,34 +96,32 @@ def choose_kernel(
     Raises:
         KernelUnavailable: it cannot run there, or not so; `auto`'s choice always runs without selective checkpointing.
     """
+    check_kernel_name(name)
+    selective = recompute == "selective"
     if name == "auto":
-        name = _fastest_kernel(device, dtype, functions, recompute)
-    if recompute == "selective":
-        _check_kernel_is_seen(check_kernel_name(name), functions.whole_blocks)
+        name = _fastest_kernel(device, dtype, functions, selective)
+    if selective:
+        _check_kernel_is_seen(name, functions.whole_blocks)
     if name == "flash":
-        return flash_kernel(device, dtype, functions.sum_prefixes, of_operations=recompute == "selective")
+        return flash_kernel(device, dtype, functions.sum_prefixes, of_operations=selective)
     if name == "flex":
         from star_dist.model.kernels.flex import flex_kernel  # imports PyTorch's compiler, which takes seconds
 
         kernel = flex_kernel(device, dtype, training)
-        if recompute == "selective" and kernel.text_library is None:
+        if selective and kernel.text_library is None:
             raise _unseen(f"attention to text in {dtype}")
         return kernel
     if name == "sdpa":
         return SdpaKernel(functions.sum_prefixes)
-    check_kernel_name(name)
     return ReferenceKernel()
 
 
-def _fastest_kernel(device: torch.device, dtype: torch.dtype, functions: BlockFunctions, recompute: Recompute) -> str:
-    if recompute == "selective":
-        takes_flex = functions.whole_blocks and device.type == "cuda"
-    else:
-        takes_flex = _flex_is_fastest(device, dtype)
-    if takes_flex:
+def _fastest_kernel(device: torch.device, dtype: torch.dtype, functions: BlockFunctions, selective: bool) -> str:
+    compiler_sees_flex = functions.whole_blocks and device.type == "cuda"
+    if compiler_sees_flex if selective else _flex_is_fastest(device, dtype):
         return "flex"
     try:
-        flash_kernel(device, dtype, of_operations=recompute == "selective")
+        flash_kernel(device, dtype, of_operations=selective)
     except KernelUnavailable:
         return "sdpa"
     return "flash"

@@ -82,8 +82,7 @@ class CompiledBlocks(BlockFunctions):
     whole_blocks = True
 
     def __init__(self) -> None:
-        super().__init__(lambda function: function)
-        self.sum_prefixes = compiled(sum_prefixes_for_compiler)
+        super().__init__(lambda function: function, compiled(sum_prefixes_for_compiler))
         self.rotate_and_normalize = differentiable_rotate_and_normalize
         self.compiled_block = compiled(call_block)
         self.compiled_block_keeping_products = compiled(run_block_keeping_products)

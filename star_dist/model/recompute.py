@@ -20,14 +20,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Recompute = Literal["none", "selective", "full"]
 
+_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # a block draws no random numbers
+
 
 def run_block(block: Callable[..., Tensor], recompute: Recompute, *inputs: Any, **options: Any) -> Tensor:
     """`block(*inputs, **options)`, keeping for the backward pass what `recompute` says."""
     if recompute == "none" or not torch.is_grad_enabled():
         return block(*inputs, **options)
     extra = {"context_fn": _selective_contexts} if recompute == "selective" else {}
-    # The forward pass draws no random numbers.
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **extra, **options)
+    return _checkpoint(block, *inputs, **extra, **options)
 
 
 def run_block_keeping_products(block: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
@@ -36,7 +37,7 @@ def run_block_keeping_products(block: Callable[..., Tensor], *inputs: Any, **opt
     What runs operation by operation is not seen by it, and would be computed again.
     """
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **options)
+    return _checkpoint(block, *inputs, context_fn=contexts, **options)
 
 
 def _policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:

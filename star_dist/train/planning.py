@@ -116,15 +116,14 @@ def largest_micro_batch(config: RunConfig, gpus: int, memory_gb: float) -> int |
 
 def recommended_zero_stage(config: RunConfig, gpus: int, memory_gb: float) -> int | None:
     """The stage that communicates least of those where the run's micro-batch fits; of equals the one that needs least
-    memory, then the lowest; whole blocks are not compiled at stage 3. None if no stage fits."""
+    memory, then the lowest. None if no stage fits."""
 
     def costs(stage: int) -> tuple[float, float, int]:
         run = config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": stage})})
         memory = sum(memory_bytes(run, gpus, config.train.micro_batch).values())
         return communication_bytes(run, gpus), memory, stage
 
-    stages = range(3 if config.train.compile == "blocks" else 4)
-    fitting = [cost for cost in map(costs, stages) if cost[1] <= usable_bytes(memory_gb)]
+    fitting = [cost for cost in map(costs, config.train.possible_zero_stages) if cost[1] <= usable_bytes(memory_gb)]
     return min(fitting)[2] if fitting else None
 
 
