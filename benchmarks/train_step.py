@@ -47,8 +47,8 @@ from star_dist.model.chunked_loss import fast_float32_products
 from star_dist.model.config import StarConfig
 from star_dist.model.flops import training_flops
 from star_dist.model.layout import PackedLayout
-from star_dist.model.qk_norm import differentiable_rotate_and_normalize
 from star_dist.model.recompute import Recompute
+from star_dist.model.rope import Rotary, rotate
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.train.metrics import device_peak_flops
@@ -75,10 +75,18 @@ class Case:
     compile: str
 
 
+def rotate_and_normalize(x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None) -> Tensor:
+    """As `qk_norm.rotate_and_normalize`, in single operations whose results autograd keeps."""
+    result_THd = F.normalize(x_THd.float(), dim=-1)
+    if factor_H1 is not None:
+        result_THd = result_THd * factor_H1
+    return (result_THd if rotary is None else rotate(result_THd, rotary)).to(x_THd.dtype)
+
+
 class SingleOperations(BlockFunctions):
     def __init__(self) -> None:
         super().__init__(lambda function: function)
-        self.rotate_and_normalize = differentiable_rotate_and_normalize
+        self.rotate_and_normalize = rotate_and_normalize
 
 
 class DenseStar(STAR):
@@ -123,6 +131,8 @@ def build_step(kind: Kind, case: Case, device: torch.device) -> Callable[[], Non
     fill_with_noise(model)
     masters = [p.detach().float().requires_grad_() for p in model.parameters()] if case.dtype != torch.float32 else None
     parameters = list(model.parameters())
+    for master in masters or ():
+        master.grad = torch.empty_like(master)
     optimizer = torch.optim.AdamW(masters or parameters, lr=1e-4, fused=True)
     layout = PackedLayout.uniform(case.schedule, case.batch, (TEXT_TOKENS,) * case.batch)
     inputs = torch.randn(layout.num_tokens, config.code_dim, device=device)
@@ -136,8 +146,8 @@ def build_step(kind: Kind, case: Case, device: torch.device) -> Callable[[], Non
             losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if masters is not None:
-            for master, parameter in zip(masters, parameters):
-                master.grad = parameter.grad.float()
+            with torch.no_grad():
+                torch._foreach_copy_([master.grad for master in masters], [p.grad for p in parameters])
         optimizer.step()
         if masters is not None:
             with torch.no_grad():
@@ -171,6 +181,7 @@ def take_turns(
     kinds: list[Kind], case: Case, device: torch.device, peak_flops: float, repeats: int
 ) -> list[dict[str, Any]]:
     """What is measured of each kind; all of their memory is given back, also where it was short."""
+    torch.compiler.reset()  # a case after another of other shapes would be compiled for all shapes
     steps = [build_step(kind, case, device) for kind in kinds]
     _, *rounds = [[median_seconds(step, device, 1, warmup=0) for step in steps] for _ in range(1 + repeats)]
     return [facts_of_step(step, case, device, peak_flops, list(of_step)) for step, of_step in zip(steps, zip(*rounds))]
@@ -258,7 +269,9 @@ def main() -> None:
     print_table(title, [{head: row.get(head) for head in heads} for row in rows])
     if arguments.profile is not None:
         *_, kind = our_kinds(todo[-1], arguments).values()
-        record = profiled(build_step(kind, todo[-1], device), device)
+        step = build_step(kind, todo[-1], device)
+        step()  # makes the optimizer's states
+        record = profiled(step, device)
         record.export_chrome_trace(str(arguments.profile))
         order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(record.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=100))

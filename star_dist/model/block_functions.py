@@ -19,7 +19,6 @@ from star_dist.model.compiling import compiled
 from star_dist.model.kernels.scale_by_scale import SumPrefixes, sum_prefixes, sum_prefixes_for_compiler
 from star_dist.model.qk_norm import (
     backward_pass,
-    differentiable_rotate_and_normalize,
     forward_pass,
     rotate_and_normalize,
 )
@@ -83,7 +82,6 @@ class CompiledBlocks(BlockFunctions):
 
     def __init__(self) -> None:
         super().__init__(lambda function: function, compiled(sum_prefixes_for_compiler))
-        self.rotate_and_normalize = differentiable_rotate_and_normalize
         self.compiled_block = compiled(call_block)
         self.compiled_block_keeping_products = compiled(run_block_keeping_products)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from star_dist.model.rope import Rotary, rotate
@@ -54,19 +53,6 @@ def rotate_and_normalize(
 ) -> Tensor:
     """(T, H, d) rotated (where there are rotations), of unit length per head, times the head's factor; x's dtype."""
     return _RotateAndNormalize.apply(x_THd, rotary, factor_H1, passes)
-
-
-def differentiable_rotate_and_normalize(
-    x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None
-) -> Tensor:
-    """The same in PyTorch's own operations, for a compiler that decides by itself what to keep.
-
-    Rotated last: the compiler repeats no rotation in a backward pass and would keep float32 copies of what came of it.
-    """
-    result_THd = F.normalize(x_THd.to(torch.promote_types(x_THd.dtype, torch.float32)), dim=-1, eps=MIN_NORM)
-    if factor_H1 is not None:
-        result_THd = result_THd * factor_H1
-    return (result_THd if rotary is None else rotate(result_THd, rotary)).to(x_THd.dtype)
 
 
 class _RotateAndNormalize(torch.autograd.Function):
