@@ -189,7 +189,14 @@ def _load(config: TextSection, dtype: torch.dtype):
         model_type = transformers.AutoConfig.from_pretrained(source, subfolder=config.encoder_subfolder).model_type
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder=config.tokenizer_subfolder)
         text_part = getattr(transformers, TEXT_PARTS.get(model_type, "AutoModel"))  # imports that model alone
-        model = text_part.from_pretrained(source, subfolder=config.encoder_subfolder, dtype=dtype, use_safetensors=True)
+        model = text_part.from_pretrained(
+            source,
+            subfolder=config.encoder_subfolder,
+            dtype=dtype,
+            use_safetensors=True,
+            # With SDPA transformers looks whether the mask leaves anything out, for which the host waits for its GPU.
+            attn_implementation="eager",
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -77,17 +77,17 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("train", [{}, {"token_keep": 0.5, "token_drop_scales": 2, "scale_loss_power": 0.5}])
-@pytest.mark.parametrize("features_stored", [False, True])
+@pytest.mark.parametrize("text", ["clip", "bert", "stored"])
 def test_a_micro_batch_never_waits(
     run_config: Callable[..., RunConfig],
     clip_folder: Path,
     train: dict,
-    features_stored: bool,
+    text: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # else nothing would be pinned
     monkeypatch.setattr(quantizer_module, "full_float32", lambda device: nullcontext())  # meta has no autocast
-    config = run_config(text={"encoder": str(clip_folder)}, train=train)
+    config = run_config(text={} if text == "bert" else {"encoder": str(clip_folder)}, train=train)
 
     def two_micro_batches() -> tuple[int, list[str]]:
         encoder = TextEncoder(config.text, META)
@@ -100,7 +100,7 @@ def test_a_micro_batch_never_waits(
             sample_ids=(0, 1, 2),
             tokens_BL=torch.zeros(3, config.schedule.num_tokens, dtype=torch.int64),
             captions=CAPTIONS,
-            features=tuple(stored[i] for i in range(3)) if features_stored else None,
+            features=tuple(stored[i] for i in range(3)) if text == "stored" else None,
             present=(True, False, True),
         )
         for _ in range(2):  # the second finds the tables that the first one made
