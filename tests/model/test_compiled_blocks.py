@@ -31,6 +31,7 @@ from tests.ranks import run_ranks
 
 CONFIG = StarConfig(depth=2, scales=(1, 2, 3, 4, 5, 6, 8), text_width=64)
 TOKENS, TEXT_TOKENS = 620, 8
+FIRST = ScaleSchedule((1, 2, 3, 4))
 PRODUCTS = 13  # of a block's backward pass: the text wants no gradient
 
 
@@ -119,18 +120,21 @@ def test_compiled_blocks_keep_what_plain_ones_do_and_repeat_no_product() -> None
 def test_attention_by_flex_is_inside_of_whole_blocks_and_never_computed_twice() -> None:
     """The graphs of both passes as a GPU's compiler gets them; here they run operation by operation."""
 
-    def count() -> list[tuple[dict[str, Counter[str]], int, int]]:
+    def count() -> tuple[list[tuple[dict[str, Counter[str]], int, int]], set[int]]:
         import torch._dynamo
         import torch.nn.attention.flex_attention
         from functorch.compile import make_boxed_func
         from torch._dynamo.backends.common import aot_autograd
 
         seen = {"forward": Counter(), "backward": Counter()}
+        mask_inputs: set[int] = set()
 
         def compiler(which: str, graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
             names = (str(node.target) for node in graph.graph.nodes)
             kinds = ("flex_attention", "flex_attention_backward", "attention.default", "attention_backward.default")
             seen[which].update(kind for name in names for kind in kinds if name.split("::")[-1].endswith(kind))
+            masks = [child.graph for name, child in graph.named_children() if "mask" in name]
+            mask_inputs.update(sum(node.op == "placeholder" for node in mask.nodes) for mask in masks)
             return make_boxed_func(graph.forward)
 
         backend = aot_autograd(
@@ -150,26 +154,31 @@ def test_attention_by_flex_is_inside_of_whole_blocks_and_never_computed_twice() 
             torch._dynamo.utils.counters.clear()
             for counter in seen.values():
                 counter.clear()
-            train(recompute)
+            train(recompute, 3 * [FIRST])
             counters = torch._dynamo.utils.counters
             graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
             found.append(({which: Counter(counter) for which, counter in seen.items()}, graphs, breaks))
-        return found
+        train("none", [FIRST, ScaleSchedule((1, 2, 3, 5)), ScaleSchedule((1, 2, 3, 6))])
+        return found, mask_inputs
 
-    def train(recompute: Recompute) -> None:
+    def train(recompute: Recompute, schedules: list[ScaleSchedule]) -> None:
         """Three layers and three batches, whose captions have other lengths."""
-        config = StarConfig(depth=3, scales=(1, 2, 3, 4), width=64, heads=2, text_width=16, code_dim=8, vocab_size=64)
+        sizes = dict(width=64, heads=2, text_width=16, code_dim=8, vocab_size=64)
+        config = StarConfig(depth=3, scales=FIRST.sides, **sizes)
         model = STAR(config, recompute=recompute, functions=CompiledBlocks())
         initialize_weights(model, seed=1)
-        for lengths in ((3, 5), (7, 2), (4, 4)):
-            layout = PackedLayout.uniform(ScaleSchedule(config.scales), 2, lengths)
+        for schedule, lengths in zip(schedules, ((3, 5), (7, 2), (4, 4))):
+            layout = PackedLayout.uniform(schedule, 2, lengths)
             inputs = torch.randn(layout.num_tokens, 8), torch.randn(sum(lengths), 16), torch.randn(2, 16)
             losses, _ = model(*inputs, torch.zeros(layout.num_tokens, dtype=torch.long), layout=layout)
             losses.mean().backward()
 
-    ((none, selective),) = run_ranks(count, 1)
+    ((found, mask_inputs),) = run_ranks(count, 1)
+    none, selective = found
     operations, graphs, breaks = none
     assert breaks == 0 and graphs == 2  # of the first lengths, and of all others; shared by all layers
     assert operations["forward"] == {"flex_attention": 2, "attention.default": 2}
     assert operations["backward"] == {"flex_attention_backward": 2, "attention_backward.default": 2}
     assert selective == none
+    # Batch, head, query and key. Were the scales' ends among them, FlashAttention-4 could not take the mask.
+    assert mask_inputs == {4}

@@ -10,30 +10,40 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+import star_dist
+from star_dist.config import RunConfig, load_config
+from star_dist.process import prepare_process_environment
 
 
 def main(config_path: str, waits_path: str) -> None:
+    config = load_config(RunConfig, config_path)
+    process = prepare_process_environment(config.train.omp_threads)
+
+    import deepspeed
     import torch
 
-    from star_dist.config import RunConfig, load_config
-    from star_dist.process import prepare_process_environment
     from star_dist.train.run import train
 
     waits: Counter[str] = Counter()
 
-    def note(message: Warning | str, *rest: Any, **more: Any) -> None:
-        if "synchronizing" in str(message):
-            ours = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
-            waits[" < ".join(f"{Path(f.filename).name}:{f.lineno} {f.line}" for f in ours[-2:-5:-1])] += 1
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        """Counts a wait where our code made it; those that DeepSpeed makes by itself are left out."""
+        stack = traceback.extract_stack()
+        ours, theirs = (frames_of(package, stack) for package in (star_dist, deepspeed))
+        if "synchronizing" in str(message) and ours and ours[-1] > max(theirs, default=-1):
+            places = [f"{Path(stack[i].filename).name}:{stack[i].lineno}" for i in ours[:-4:-1]]
+            waits[" < ".join(places)] += 1
 
-    config = load_config(RunConfig, config_path)
-    process = prepare_process_environment(config.train.omp_threads)
     warnings.simplefilter("always")
     warnings.showwarning = note
     torch.cuda.set_sync_debug_mode("warn")
     train(config, process)
     Path(waits_path).write_text(json.dumps(waits, indent=2))
+
+
+def frames_of(package: Any, stack: traceback.StackSummary) -> list[int]:
+    folder = Path(package.__file__).parent
+    return [i for i, frame in enumerate(stack) if Path(frame.filename).is_relative_to(folder)]
 
 
 if __name__ == "__main__":
