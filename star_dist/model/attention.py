@@ -147,7 +147,7 @@ def _unseen(attention: str) -> KernelUnavailable:
 
 
 def _flex_is_fastest(device: torch.device, dtype: torch.dtype) -> bool:
-    """Where FlashAttention-4 runs it: on an H200 at 256 and 512 pixels, in both passes (docs/performance.md)."""
+    """Where FlashAttention-4 runs it: on an H200 at all three resolutions, in both passes (docs/performance.md)."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     if not _has_flash_attn():

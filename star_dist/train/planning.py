@@ -17,31 +17,32 @@ from star_dist.model.size import FLOAT32_BYTES, activation_bytes, parameter_coun
 # DeepSpeed 0.19's defaults, in elements (https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training)
 DEFAULT_BUFFERS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "overlap_comm": False}
 # Share of a GPU's memory that what is reckoned here may take; the rest is left to what is not: the CUDA context, NCCL's
-# buffers, library workspaces and fragmentation. A guess with room, not measured.
+# buffers, library workspaces and fragmentation. A guess with room: of an H200's 140.4 GiB steps that held 123 ran.
 USABLE_MEMORY = 0.92
 CAPTION_BYTES = 200  # of one sample beside its tokens: caption, key and MDS offsets
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data-sheet values: memory in GB, dense bf16 peak in TFLOP/s, link inside a node and to other nodes in GB/s.
+    """Memory in GiB as nvidia-smi shows it, and of the data sheet dense bf16 peak in TFLOP/s, link inside a node and to
+    other nodes in GB/s.
 
     links: one direction per GPU; NVLink inside, 400 Gbit/s InfiniBand per GPU outside (PCIe and 100 Gbit/s for L40S).
     """
 
-    memory_gb: float
+    memory_gib: float
     peak_tflops: float
     node_link: float
     cluster_link: float
 
 
 GPUS = {
-    "a100-40": Gpu(40, 312, 300, 25),
-    "a100-80": Gpu(80, 312, 300, 25),
-    "h100": Gpu(80, 989, 450, 50),
-    "h200": Gpu(141, 989, 450, 50),
-    "b200": Gpu(180, 2250, 900, 50),
-    "l40s": Gpu(48, 362, 32, 12.5),
+    "a100-40": Gpu(40.0, 312, 300, 25),
+    "a100-80": Gpu(80.0, 312, 300, 25),
+    "h100": Gpu(79.6, 989, 450, 50),
+    "h200": Gpu(140.4, 989, 450, 50),
+    "b200": Gpu(179.1, 2250, 900, 50),
+    "l40s": Gpu(45.0, 362, 32, 12.5),
 }
 
 
@@ -98,23 +99,23 @@ def memory_bytes(config: RunConfig, gpus: int, micro_batch: int) -> dict[str, fl
     }
 
 
-def usable_bytes(memory_gb: float) -> float:
+def usable_bytes(memory_gib: float) -> float:
     """Of a GPU's memory, for what `memory_bytes` counts."""
-    return USABLE_MEMORY * memory_gb * 1e9
+    return USABLE_MEMORY * memory_gib * 2**30
 
 
-def largest_micro_batch(config: RunConfig, gpus: int, memory_gb: float) -> int | None:
+def largest_micro_batch(config: RunConfig, gpus: int, memory_gib: float) -> int | None:
     """Largest micro-batch that fits and divides the global batch evenly over the GPUs; None if not even 1 fits."""
     per_gpu = config.train.global_batch // gpus
     fits = [
         size
         for size in range(1, per_gpu + 1)
-        if per_gpu % size == 0 and sum(memory_bytes(config, gpus, size).values()) <= usable_bytes(memory_gb)
+        if per_gpu % size == 0 and sum(memory_bytes(config, gpus, size).values()) <= usable_bytes(memory_gib)
     ]
     return fits[-1] if fits else None
 
 
-def recommended_zero_stage(config: RunConfig, gpus: int, memory_gb: float) -> int | None:
+def recommended_zero_stage(config: RunConfig, gpus: int, memory_gib: float) -> int | None:
     """The stage that communicates least of those where the run's micro-batch fits; of equals the one that needs least
     memory, then the lowest. None if no stage fits."""
 
@@ -123,7 +124,7 @@ def recommended_zero_stage(config: RunConfig, gpus: int, memory_gb: float) -> in
         memory = sum(memory_bytes(run, gpus, config.train.micro_batch).values())
         return communication_bytes(run, gpus), memory, stage
 
-    fitting = [cost for cost in map(costs, config.train.possible_zero_stages) if cost[1] <= usable_bytes(memory_gb)]
+    fitting = [cost for cost in map(costs, config.train.possible_zero_stages) if cost[1] <= usable_bytes(memory_gib)]
     return min(fitting)[2] if fitting else None
 
 
@@ -163,10 +164,10 @@ def plan(
         "accumulation_steps": config.accumulation_steps(gpus),
         "memory_bytes": memory,
         "memory_total_bytes": sum(memory.values()),
-        "usable_memory_bytes": usable_bytes(gpu.memory_gb),
-        "largest_micro_batch": largest_micro_batch(config, gpus, gpu.memory_gb),
+        "usable_memory_bytes": usable_bytes(gpu.memory_gib),
+        "largest_micro_batch": largest_micro_batch(config, gpus, gpu.memory_gib),
         "zero_stage": config.train.zero_stage,
-        "recommended_zero_stage": recommended_zero_stage(config, gpus, gpu.memory_gb),
+        "recommended_zero_stage": recommended_zero_stage(config, gpus, gpu.memory_gib),
         "flops_per_picture": flops_per_picture,
         "flops_per_step": step_flops,
         "assumed_mfu": mfu,
