@@ -8,8 +8,9 @@ reports the same numbers of a whole DeepSpeed run as throughput/ in metrics.json
 fp32 optimizer states at the three resolutions, with their configs' micro-batch, activation checkpointing and
 train.compile, or the values given (train.micro_batch=32); on a CPU: d8 in float32 at 256 and 512. --against dense also
 runs the step that a dense additive mask through SDPA and logits of the whole batch make of the same model; --compile
-our step with train.compile, too. Peak memory is what a step holds beyond weights and optimizer states. --profile writes
-a Chrome trace (chrome://tracing, Perfetto) and the table of the largest kernels.
+our step with train.compile, too. --accumulate N runs N micro-batches before the optimizer's step, as a run does whose
+global batch is N times what its GPUs take at once. Peak memory is what a step holds beyond weights and optimizer
+states. --profile writes a Chrome trace (chrome://tracing, Perfetto) and the table of the largest kernels.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from tqdm import tqdm
 
 from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
+from star_dist.errors import UserError
 from star_dist.model.attention import PackedAttention
 from star_dist.model.block_functions import PLAIN, BlockFunctions, compiled_blocks, compiled_functions
 from star_dist.model.chunked_loss import fast_float32_products
@@ -73,6 +75,7 @@ class Case:
     dtype: torch.dtype
     recompute: Recompute
     compile: str
+    accumulate: int = 1  # micro-batches of a step
 
 
 def rotate_and_normalize(x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None) -> Tensor:
@@ -142,8 +145,9 @@ def build_step(kind: Kind, case: Case, device: torch.device) -> Callable[[], Non
 
     def step() -> None:
         with fast_float32_products(case.dtype, device):  # ours does it by itself, in the head
-            losses, _ = model(inputs, text, pooled, targets, layout=layout)
-            losses.mean().backward()
+            for _ in range(case.accumulate):
+                losses, _ = model(inputs, text, pooled, targets, layout=layout)
+                (losses.mean() / case.accumulate).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if masters is not None:
             with torch.no_grad():
@@ -162,6 +166,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each kind, by name. A CPU takes their steps in turns, because its speed changes by the minute."""
     facts = {"model": f"d{case.depth}", "resolution": case.resolution, "batch": case.batch}
+    if case.accumulate > 1:
+        facts["accumulated"] = case.accumulate
     rows: list[dict[str, Any]] = []
     for names in [list(kinds)] if device.type == "cpu" else [[name] for name in kinds]:
         try:
@@ -191,11 +197,12 @@ def facts_of_step(
     step: Callable[[], None], case: Case, device: torch.device, peak_flops: float, seconds: list[float]
 ) -> dict[str, Any]:
     config = StarConfig(depth=case.depth, scales=case.schedule.sides)
-    flops = training_flops(config, case.schedule, TEXT_TOKENS) * case.batch
+    images = case.batch * case.accumulate
+    flops = training_flops(config, case.schedule, TEXT_TOKENS) * images
     typical_s = median(seconds)
     return {
-        "images_per_s": case.batch / typical_s,
-        "tokens_per_s": case.batch * case.schedule.num_tokens / typical_s,
+        "images_per_s": images / typical_s,
+        "tokens_per_s": images * case.schedule.num_tokens / typical_s,
         "step_s": typical_s,
         ROUNDS: seconds,
         "mfu": flops / typical_s / peak_flops,
@@ -234,12 +241,8 @@ def cases(device: torch.device, arguments: argparse.Namespace) -> list[Case]:
         if arguments.resolution and resolution not in arguments.resolution:
             continue
         dtype = torch.bfloat16 if on_gpu else torch.float32
-        train = config.train
-        found += [
-            Case(depth, resolution, config.schedule, batch, dtype, train.activation_checkpointing, train.compile)
-            for depth in depths
-            for batch in batches
-        ]
+        settings = (dtype, config.train.activation_checkpointing, config.train.compile, arguments.accumulate)
+        found += [Case(depth, resolution, config.schedule, batch, *settings) for depth in depths for batch in batches]
     return found[:1] if quick and not on_gpu else found
 
 
@@ -252,10 +255,13 @@ def main() -> None:
     )
     parser.add_argument("--model", action="append", metavar="dN", help="of this depth alone; may be repeated")
     parser.add_argument("--resolution", action="append", type=int, choices=CONFIGS, help="alone; may be repeated")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (default 1)")
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="write a Chrome trace of the last case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the configs")
     arguments = parser.parse_args()
+    if arguments.accumulate < 1:
+        raise UserError(f"--accumulate must be at least 1, got {arguments.accumulate}")
     device = chosen_device()
     peak, peak_source = device_peak_flops(device)
     repeats = 2 if arguments.quick else 5
