@@ -266,6 +266,8 @@ def main() -> None:
     peak, peak_source = device_peak_flops(device)
     repeats = 2 if arguments.quick else 5
     todo = cases(device, arguments)
+    if not todo:
+        raise UserError(f"--resolution {arguments.resolution[0]} is measured on a GPU alone; give 256 or 512")
     rows: list[dict[str, Any]] = []
     for case in tqdm(todo, desc="train step", unit="case"):
         kinds = our_kinds(case, arguments) | ({DENSE: DenseStar} if arguments.against else {})

@@ -57,6 +57,7 @@ def as_text(numbers: dict, gpus: int, dataset: float) -> str:
         "largest micro-batch     " + ("none fits" if largest is None else str(largest)),
         f"ZeRO stage              {numbers['zero_stage']}; recommended: "
         + ("none fits" if stage is None else f"{stage}, the least communication that fits"),
+        f"train.compile           {numbers['compile']}; recommended: {numbers['recommended_compile']}",
         f"step                    {numbers['step_s']:.3f} s, bound by {bound} (the two overlap)",
         f"  compute               {numbers['compute_s']:.3f} s: {numbers['flops_per_step']:.3e} FLOPs at MFU "
         f"{numbers['assumed_mfu']}",

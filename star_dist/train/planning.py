@@ -128,6 +128,14 @@ def recommended_zero_stage(config: RunConfig, gpus: int, memory_gib: float) -> i
     return min(fitting)[2] if fitting else None
 
 
+def recommended_compile(zero_stage: int | None) -> str:
+    """`train.compile` for the recommended stage: whole blocks wherever ZeRO leaves weights in place.
+
+    On an H200 they made d30 at 256 pixels 1.8 times as fast, and functions gave the step nothing (docs/performance.md).
+    """
+    return "functions" if zero_stage in (None, 3) else "blocks"
+
+
 def communication_bytes(config: RunConfig, gpus: int) -> float:
     """Bytes that each GPU sends in one optimizer step (ring collectives move (n - 1) / n of a tensor).
 
@@ -154,6 +162,7 @@ def plan(
     communication_s = sent / (link * 1e9)
     step_s = max(compute_s, communication_s)
     images_per_s = config.train.global_batch / step_s
+    best_stage = recommended_zero_stage(config, gpus, gpu.memory_gib)
     token_bytes = schedule.num_tokens * (2 if config.tokenizer.vocab_size <= 2**16 else 4)
     feature_bytes = 2 * config.text.width * (config.text.max_tokens + 1)
     return {
@@ -167,7 +176,9 @@ def plan(
         "usable_memory_bytes": usable_bytes(gpu.memory_gib),
         "largest_micro_batch": largest_micro_batch(config, gpus, gpu.memory_gib),
         "zero_stage": config.train.zero_stage,
-        "recommended_zero_stage": recommended_zero_stage(config, gpus, gpu.memory_gib),
+        "recommended_zero_stage": best_stage,
+        "compile": config.train.compile,
+        "recommended_compile": recommended_compile(best_stage),
         "flops_per_picture": flops_per_picture,
         "flops_per_step": step_flops,
         "assumed_mfu": mfu,

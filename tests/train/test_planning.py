@@ -132,6 +132,7 @@ def test_the_command_prints_and_refuses() -> None:
     shown = run("--gpus", "64", "--gpu", "h200")
     assert shown.returncode == 0 and "largest micro-batch" in shown.stdout and "GPU-hours" in shown.stdout
     assert "DOES NOT FIT" not in shown.stdout and "3; recommended: 2" in shown.stdout
+    assert "none; recommended: blocks" in shown.stdout
     numbers = json.loads(run("--gpus", "64", "--json", "--pictures", "1e7").stdout)
     assert numbers["days"] == pytest.approx(1e7 / numbers["images_per_s"] / 86400)
     refused = run("--gpus", "0")
