@@ -5,7 +5,8 @@
 Useful work counts visible pairs only (0.619, 0.652 and 0.638 of L^2): 4 FLOPs per pair and channel forward, 10
 backward, where flash attention computes the scores again (as in the tables of the FlashAttention papers).
 "square" is the same kernel without any mask on as many pairs: what the mask costs is the ratio to it. On a GPU times
-are the kernels' alone, as in a training step whose host is ahead; wall_ms is forward and backward with the host.
+are the kernels' alone, as in a training step whose host is ahead; wall_ms is forward and backward with the host. A
+second table is of attention to text, captions of 77 tokens, where every image token sees its own caption.
 """
 
 from __future__ import annotations
@@ -28,9 +29,16 @@ from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
 from star_dist.model.attention import PackedAttention, choose_kernel
 from star_dist.model.block_functions import compiled_functions
-from star_dist.model.kernels.base import Kernel, KernelUnavailable
-from star_dist.model.kernels.flash import GATHERED_TOKENS, LIBRARIES, FlashKernel, FlashLibrary, flash_attn_4
-from star_dist.model.kernels.flex import FlexKernel, has_flash_backend
+from star_dist.model.kernels.base import Kernel, KernelUnavailable, TextAttention
+from star_dist.model.kernels.flash import (
+    GATHERED_TOKENS,
+    LIBRARIES,
+    FlashKernel,
+    FlashLibrary,
+    flash_attn_4,
+    torch_varlen,
+)
+from star_dist.model.kernels.flex import FlexKernel, TextByFlex, TextByVarlen, has_flash_backend
 from star_dist.model.kernels.reference import block_causal_mask
 from star_dist.model.kernels.sdpa import SdpaKernel, scaled_dot_product
 from star_dist.model.layout import PackedLayout
@@ -38,6 +46,7 @@ from star_dist.scales import ScaleSchedule
 from star_dist.train.metrics import measured_matmul_flops
 
 CONFIGS = {256: "d30.json", 512: "d30_512.json", 1024: "d30_1024.json"}
+TEXT_TOKENS = 77
 FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10  # of each visible pair and channel
 
 
@@ -101,17 +110,16 @@ def kernels(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Ker
             continue
         for way, gathered in (("per scale", 0), ("leading gathered", GATHERED_TOKENS), ("gathered", 10**9)):
             yield f"{library.name}, {way}", FlashKernel(library, gathered, sums), library
-    yield "flex, Triton", FlexKernel("TRITON", None), None
+    yield "flex, Triton", FlexKernel("TRITON", SdpaKernel()), None
     if has_flash_backend(generation):
-        yield "flex, flash-attn 4", FlexKernel("FLASH", None), flash_attn_4(generation)
+        yield "flex, flash-attn 4", FlexKernel("FLASH", SdpaKernel()), flash_attn_4(generation)
 
 
 def measure(problem: Problem, kernel: Kernel, backwards: bool, repeats: int) -> dict[str, Any]:
     """Seconds and memory of one layer's attention."""
     layout = PackedLayout.uniform(problem.schedule, problem.batch)
-    return measure_call(
-        PackedAttention(layout, kernel, problem.device).attend_image, problem, layout.num_tokens, backwards, repeats
-    )
+    attend = PackedAttention(layout, kernel, problem.device).attend_image
+    return measure_call(attend, problem.inputs(layout.num_tokens), problem.pair_channels, backwards, repeats)
 
 
 def measure_square(problem: Problem, library: FlashLibrary, repeats: int) -> dict[str, Any]:
@@ -119,14 +127,36 @@ def measure_square(problem: Problem, library: FlashLibrary, repeats: int) -> dic
     side = round(math.sqrt(problem.schedule.visible_pairs))
     split = lambda x: x.unflatten(0, (problem.batch, side))
     dense = lambda q, k, v: library.dense(split(q), split(k), split(v)).flatten(0, 1)
-    return measure_call(dense, problem, problem.batch * side, True, repeats)
+    return measure_call(dense, problem.inputs(problem.batch * side), problem.pair_channels, True, repeats)
+
+
+def text_kernels(device: torch.device) -> Iterator[tuple[str, TextAttention]]:
+    """Every kernel of attention to text, by name. Flex has no backward pass on a CPU."""
+    yield "sdpa, padded", SdpaKernel()
+    if device.type == "cuda":
+        generation = torch.cuda.get_device_capability(device)[0]
+        yield "PyTorch's varlen", TextByVarlen(torch_varlen(generation))
+        yield "flex, Triton, padded", TextByFlex("TRITON")
+        if has_flash_backend(generation):
+            yield "flex, flash-attn 4, padded", TextByFlex("FLASH")
+
+
+def measure_text(problem: Problem, kernel: TextAttention, repeats: int) -> dict[str, Any]:
+    """Of one layer's attention to captions of `TEXT_TOKENS` tokens."""
+    layout = PackedLayout.uniform(problem.schedule, problem.batch, (TEXT_TOKENS,) * problem.batch)
+    text = kernel.prepare_text(layout, problem.device)
+    query, *_ = problem.inputs(layout.num_tokens)
+    _, key, value = problem.inputs(TEXT_TOKENS * problem.batch)
+    cross = lambda query, key, value: kernel.cross(query, key, value, layout, text)
+    return measure_call(cross, [query, key, value], TEXT_TOKENS * query.numel(), True, repeats)
 
 
 def measure_call(
-    attend: Callable[..., Tensor], problem: Problem, tokens: int, backwards: bool, repeats: int
+    attend: Callable[..., Tensor], inputs: list[Tensor], pair_channels: int, backwards: bool, repeats: int
 ) -> dict[str, Any]:
-    inputs = problem.inputs(tokens)
-    gradient = torch.randn_like(inputs[2])
+    """pair_channels: visible pairs times heads and channels."""
+    device, work = inputs[0].device, pair_channels / 1e12
+    gradient = torch.randn_like(inputs[0])
 
     def forward() -> Tensor:
         with torch.set_grad_enabled(backwards):
@@ -137,18 +167,17 @@ def measure_call(
         if backwards:
             torch.autograd.grad(output, inputs, gradient)
 
-    on_gpu = problem.device.type == "cuda"
+    on_gpu = device.type == "cuda"
     seconds = kernel_seconds if on_gpu else median_seconds
-    forward_s = seconds(forward, problem.device, repeats)
-    step_s = seconds(step, problem.device, repeats) if backwards else None
-    wall = {"wall_ms": 1e3 * median_seconds(step, problem.device, repeats)} if on_gpu else {}
-    work = problem.pair_channels / 1e12
+    forward_s = seconds(forward, device, repeats)
+    step_s = seconds(step, device, repeats) if backwards else None
+    wall = {"wall_ms": 1e3 * median_seconds(step, device, repeats)} if on_gpu else {}
     return {
         "forward_ms": 1e3 * forward_s,
         "step_ms": None if step_s is None else 1e3 * step_s,
         "forward_tflops": FORWARD_FLOPS * work / forward_s,
         "step_tflops": None if step_s is None else (FORWARD_FLOPS + BACKWARD_FLOPS) * work / step_s,
-        "peak_mib": peak_bytes(step, problem.device) / 2**20,
+        "peak_mib": peak_bytes(step, device) / 2**20,
     } | wall
 
 
@@ -196,6 +225,11 @@ def main() -> None:
         for kind in ("forward", "step"):
             if row.get(f"{kind}_ms") and dense.get(f"{kind}_ms"):
                 row[f"{kind}_speedup"] = dense[f"{kind}_ms"] / row[f"{kind}_ms"]
+    text_rows: list[dict[str, Any]] = []
+    for problem in problems(device, arguments.quick):
+        for name, kernel in text_kernels(device):
+            facts = {"resolution": problem.resolution, "batch": problem.batch, "kernel": name}
+            text_rows.append(facts | measure_text(problem, kernel, repeats))
     heads = dict.fromkeys(key for row in rows for key in row)
     matmul = measured_matmul_flops(device, 8192 if device.type == "cuda" else 1024, dtype=problem.dtype)
     print_table(
@@ -203,7 +237,8 @@ def main() -> None:
         f"({str(problem.dtype).removeprefix('torch.')})",
         [{head: row.get(head) for head in heads} for row in rows],
     )
-    write_json(arguments.json, device, {"matmul_tflops": matmul / 1e12, "attention": rows})
+    print_table(f"Attention to captions of {TEXT_TOKENS} tokens", text_rows)
+    write_json(arguments.json, device, {"matmul_tflops": matmul / 1e12, "attention": rows, "text": text_rows})
 
 
 if __name__ == "__main__":

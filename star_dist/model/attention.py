@@ -108,7 +108,7 @@ def choose_kernel(
         from star_dist.model.kernels.flex import flex_kernel  # imports PyTorch's compiler, which takes seconds
 
         kernel = flex_kernel(device, dtype, training)
-        if selective and kernel.text_library is None:
+        if selective and isinstance(kernel.text, SdpaKernel):
             raise _unseen(f"attention to text in {dtype}")
         return kernel
     if name == "sdpa":

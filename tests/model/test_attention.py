@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
@@ -17,7 +18,7 @@ from star_dist.model import attention
 from star_dist.model.attention import PackedAttention, choose_kernel
 from star_dist.model.block_functions import PLAIN, BlockFunctions, CompiledBlocks
 from star_dist.model.kernels import flash, flex
-from star_dist.model.kernels.base import Kernel, KernelUnavailable
+from star_dist.model.kernels.base import Kernel, KernelUnavailable, TextAttention
 from star_dist.model.kernels.reference import ReferenceKernel, block_causal_mask
 from star_dist.model.kernels.scale_by_scale import (
     SumPrefixes,
@@ -128,6 +129,28 @@ def test_text_attention_agrees_with_the_reference(kernel: Kernel) -> None:
         return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
 
     assert max(errors(run(kernel), run(ReferenceKernel()))) < 1e-12
+
+
+@pytest.mark.parametrize("longest", [20, 300])
+def test_text_attention_by_flex_agrees_with_the_reference(longest: int) -> None:
+    """Both passes, operation by operation: compiled, a CPU has no backward pass."""
+
+    def largest_error() -> float:
+        flex._compiled = flex.flex_attention
+        sys.modules["torch.nn.attention.flex_attention"]._validate_device = lambda *_: None
+        layout = PackedLayout(2 * (SCHEDULES[256],) + (ScaleSchedule((1, 2, 3)),), (7, longest, 3))
+        query, _, _, gradient = random_inputs(layout.num_tokens, 2, 8, torch.float64)
+        key, value, *_ = random_inputs(sum(layout.text_lengths), 2, 8, torch.float64)
+
+        def run(kernel: TextAttention) -> list[Tensor]:
+            leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+            output = kernel.cross(*leaves, layout, kernel.prepare_text(layout, CPU))
+            return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
+
+        return max(errors(run(flex.TextByFlex(None)), run(ReferenceKernel())))
+
+    (error,) = run_ranks(largest_error, 1)
+    assert error < 1e-12
 
 
 @needs_compiler
@@ -338,11 +361,11 @@ def test_auto_takes_flex_where_flash_attention_4_runs_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(flex, "flash_attn_4", lambda generation: StandIn().library())
     cuda = torch.device("cuda")
     kernel = choose_kernel("auto", cuda, torch.bfloat16, training=True)
-    assert kernel.description.startswith("flex (FlashAttention-4, PyTorch") and kernel.options == {"BACKEND": "FLASH"}
-    assert kernel.text_library.name.startswith("PyTorch")
+    assert kernel.description.startswith("flex (FlashAttention-4, PyTorch") and kernel.backend == "FLASH"
+    assert kernel.text.library.name.startswith("PyTorch")
     assert choose_kernel("auto", cuda, torch.float32, training=True).description.startswith("sdpa")
     monkeypatch.setattr(flex, "flash_attn_4", flash.flash_attn_4)  # absent here
-    assert choose_kernel("flex", cuda, torch.bfloat16, training=True).options == {"BACKEND": "TRITON"}
+    assert choose_kernel("flex", cuda, torch.bfloat16, training=True).backend == "TRITON"
 
 
 def test_libraries_are_tried_in_order(fresh_choice: None) -> None:

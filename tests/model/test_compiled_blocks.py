@@ -21,7 +21,7 @@ from star_dist.model.config import StarConfig
 from star_dist.model.initialization import initialize_weights
 from star_dist.model.kernels import flex
 from star_dist.model.kernels.flash import FlashLibrary
-from star_dist.model.kernels.flex import FlexKernel
+from star_dist.model.kernels.flex import FlexKernel, TextByFlex, TextByVarlen
 from star_dist.model.layout import PackedLayout
 from star_dist.model.recompute import Recompute
 from star_dist.model.size import KEPT_PER_BLOCK, KEPT_SELECTIVE
@@ -117,7 +117,8 @@ def test_compiled_blocks_keep_what_plain_ones_do_and_repeat_no_product() -> None
     assert plain[1:] == compiled[1:] == selective[1:] == (PRODUCTS, 2)
 
 
-def test_attention_by_flex_is_inside_of_whole_blocks_and_never_computed_twice() -> None:
+@pytest.mark.parametrize("text_by_flex", [False, True])
+def test_attention_by_flex_is_inside_of_whole_blocks_and_never_computed_twice(text_by_flex: bool) -> None:
     """The graphs of both passes as a GPU's compiler gets them; here they run operation by operation."""
 
     def count() -> tuple[list[tuple[dict[str, Counter[str]], int, int]], set[int]]:
@@ -147,7 +148,8 @@ def test_attention_by_flex_is_inside_of_whole_blocks_and_never_computed_twice() 
         sys.modules["torch.nn.attention.flex_attention"]._validate_device = lambda *_: None  # a CPU, with gradients
         attend = OpaqueAttention().attend_image
         library = FlashLibrary("opaque", attend, lambda q, k, v, *offsets: attend(q, k, v, offsets[-1]))
-        star.choose_kernel = lambda *_, **__: FlexKernel(None, library)
+        text = TextByFlex(None) if text_by_flex else TextByVarlen(library)
+        star.choose_kernel = lambda *_, **__: FlexKernel(None, text)
         found = []
         for recompute in ("none", "selective"):
             torch._dynamo.reset()
@@ -177,8 +179,11 @@ def test_attention_by_flex_is_inside_of_whole_blocks_and_never_computed_twice() 
     none, selective = found
     operations, graphs, breaks = none
     assert breaks == 0 and graphs == 2  # of the first lengths, and of all others; shared by all layers
-    assert operations["forward"] == {"flex_attention": 2, "attention.default": 2}
-    assert operations["backward"] == {"flex_attention_backward": 2, "attention_backward.default": 2}
+    by_flex, by_library = (4, 0) if text_by_flex else (2, 2)
+    assert operations["forward"] == Counter({"flex_attention": by_flex, "attention.default": by_library})
+    of_backward = {"flex_attention_backward": by_flex, "attention_backward.default": by_library}
+    assert operations["backward"] == Counter(of_backward)
     assert selective == none
-    # Batch, head, query and key. Were the scales' ends among them, FlashAttention-4 could not take the mask.
-    assert mask_inputs == {4}
+    # Batch, head, query and key, and of the text the lengths. Were the scales' ends among them, FlashAttention-4 could
+    # not take the mask.
+    assert mask_inputs == ({4, 5} if text_by_flex else {4})

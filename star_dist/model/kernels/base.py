@@ -21,7 +21,17 @@ class KernelUnavailable(ValueError):
     """A kernel that this machine, device or precision cannot run; the message says why and what to change."""
 
 
-class Kernel(Protocol):
+class TextAttention(Protocol):
+    def prepare_text(self, layout: PackedLayout, device: torch.device) -> Any:
+        """What `cross` needs to know about the text lengths, on the device; made once a batch."""
+        ...
+
+    def cross(self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: Any) -> Tensor:
+        """Attention of every image token to the text of its own sample; (T, H, d)."""
+        ...
+
+
+class Kernel(TextAttention, Protocol):
     """description: for the log, with the library's version where one does the work."""
 
     description: str
@@ -32,14 +42,6 @@ class Kernel(Protocol):
 
     def block_causal(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, image: Any) -> Tensor:
         """Self-attention in which a token of scale k sees scales 1..k of its own sample; (T, H, d)."""
-        ...
-
-    def prepare_text(self, layout: PackedLayout, device: torch.device) -> Any:
-        """What `cross` needs to know about the text lengths, on the device; made once a batch."""
-        ...
-
-    def cross(self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: Any) -> Tensor:
-        """Attention of every image token to the text of its own sample; (T, H, d)."""
         ...
 
 

@@ -1,23 +1,26 @@
 """PyTorch's FlexAttention, compiled, with a block mask of the scales: one kernel, no copies, no sums over scales.
 
 With flash-attn-4 installed its kernels do the work, else PyTorch's own in Triton. On a CPU there is no backward pass.
+B samples of one run, H heads, d channels of a head.
 
 https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from star_dist.model.compiling import compiled
-from star_dist.model.kernels.base import SOFTMAX_SCALE, KernelUnavailable, join
+from star_dist.model.kernels.base import SOFTMAX_SCALE, KernelUnavailable, TextAttention, join
 from star_dist.model.kernels.flash import FlashLibrary, TextOffsets, flash_attn_4, text_offsets, torch_varlen
-from star_dist.model.kernels.sdpa import SdpaKernel, TextPadding
-from star_dist.model.layout import PackedLayout
+from star_dist.model.kernels.sdpa import SdpaKernel
+from star_dist.model.layout import PackedLayout, copy_to_device
 from star_dist.scales import ScaleSchedule
 
 BLOCK = 128
@@ -38,13 +41,14 @@ def flex_kernel(device: torch.device, dtype: torch.dtype, training: bool) -> Fle
             "model.attention to auto or sdpa"
         )
     if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return FlexKernel("TRITON" if device.type == "cuda" else None, None)
+        return FlexKernel("TRITON" if device.type == "cuda" else None, SdpaKernel())
     generation = torch.cuda.get_device_capability(device)[0]
     backend = "FLASH" if has_flash_backend(generation) else "TRITON"
+    # Not `TextByFlex`, which no GPU has measured yet; `benchmarks/attention.py` compares them.
     try:
-        return FlexKernel(backend, torch_varlen(generation))
+        return FlexKernel(backend, TextByVarlen(torch_varlen(generation)))
     except KernelUnavailable:
-        return FlexKernel(backend, None)
+        return FlexKernel(backend, SdpaKernel())
 
 
 def has_flash_backend(generation: int) -> bool:
@@ -63,15 +67,15 @@ def has_flash_backend(generation: int) -> bool:
 
 
 class FlexKernel:
-    """Self-attention by FlexAttention; text attention by PyTorch's variable-length attention, or null: SDPA.
+    """Self-attention by FlexAttention; attention to the text as `text` does it.
 
     backend: of FlexAttention's kernel options; null is its choice.
     """
 
-    def __init__(self, backend: str | None, text_library: FlashLibrary | None) -> None:
-        self.options = None if backend is None else {"BACKEND": backend}
-        self.text_library = text_library
-        self.padded_text = SdpaKernel()
+    def __init__(self, backend: str | None, text: TextAttention) -> None:
+        self.backend = backend
+        self.text = text
+        self.prepare_text, self.cross = text.prepare_text, text.cross
         by = "FlashAttention-4, " if backend == "FLASH" else ""
         self.description = f"flex ({by}PyTorch {torch.__version__})"
 
@@ -84,28 +88,91 @@ class FlexKernel:
     ) -> Tensor:
         outputs = []
         for tokens, count, mask in image:
-            packed = (query_THd[tokens], key_THd[tokens], value_THd[tokens])
-            query, key, value = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in packed)
-            mixed = _compiled(query, key, value, block_mask=mask, scale=SOFTMAX_SCALE, kernel_options=self.options)
-            outputs.append(mixed.transpose(1, 2).flatten(0, 1))
+            inputs = (x[tokens].unflatten(0, (count, -1)) for x in (query_THd, key_THd, value_THd))
+            outputs.append(_attend(*inputs, mask, self.backend).flatten(0, 1))
         return join(outputs)
 
-    def prepare_text(self, layout: PackedLayout, device: torch.device) -> TextOffsets | list[TextPadding]:
-        if self.text_library is None:
-            return self.padded_text.prepare_text(layout, device)
+
+def _attend(query_BLHd: Tensor, key_BLHd: Tensor, value_BLHd: Tensor, mask: BlockMask, backend: str | None) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query_BLHd, key_BLHd, value_BLHd))
+    options = None if backend is None else {"BACKEND": backend}
+    return _compiled(query, key, value, block_mask=mask, scale=SOFTMAX_SCALE, kernel_options=options).transpose(1, 2)
+
+
+class TextByVarlen:
+    """Attention to the text by a library's variable-length function, which the compiler sees."""
+
+    def __init__(self, library: FlashLibrary) -> None:
+        self.library = library
+
+    def prepare_text(self, layout: PackedLayout, device: torch.device) -> TextOffsets:
         return text_offsets(layout, device)
 
     def cross(
-        self,
-        query_THd: Tensor,
-        key_SHd: Tensor,
-        value_SHd: Tensor,
-        layout: PackedLayout,
-        text: TextOffsets | list[TextPadding],
+        self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: TextOffsets
     ) -> Tensor:
-        if self.text_library is None:
-            return self.padded_text.cross(query_THd, key_SHd, value_SHd, layout, text)
-        return self.text_library.varlen(query_THd, key_SHd, value_SHd, *text)
+        return self.library.varlen(query_THd, key_SHd, value_SHd, *text)
+
+
+class TextByFlex:
+    """Attention to the text by FlexAttention, padded to whole blocks; backend: as `FlexKernel`'s."""
+
+    def __init__(self, backend: str | None) -> None:
+        self.backend = backend
+
+    def prepare_text(self, layout: PackedLayout, device: torch.device) -> list[tuple[Any, ...]]:
+        """Of every run of samples: its image tokens, their number, its text tokens, their places where every sample has
+        the same number, that number, and the mask of the padding.
+        """
+        prepared = []
+        for run in layout.runs:
+            lengths = layout.text_lengths[run.samples]
+            padded = -(-max(lengths) // BLOCK) * BLOCK
+            places = torch.cat([torch.arange(length) + i * padded for i, length in enumerate(lengths)])
+            mask = copy.copy(_padding_block_mask(run.schedule.num_tokens, padded, device))
+            mask.mask_mod = TextMask(copy_to_device(torch.tensor(lengths, dtype=torch.int32), device)).visible
+            first = layout.text_starts[run.first_sample]
+            # Whole where there is one run: numbers that change with every batch would be symbols to the compiler.
+            text = slice(None) if len(layout.runs) == 1 else slice(first, first + sum(lengths))
+            prepared.append((run.tokens, run.count, text, copy_to_device(places, device), padded, mask))
+        return prepared
+
+    def cross(
+        self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: list[tuple[Any, ...]]
+    ) -> Tensor:
+        outputs = []
+        for tokens, count, text_tokens, places_S, padded, mask in text:
+            shape = count * padded, *key_SHd.shape[1:]
+            key, value = (
+                x.new_zeros(shape).index_copy(0, places_S, x[text_tokens]).unflatten(0, (count, -1))
+                for x in (key_SHd, value_SHd)
+            )
+            query = query_THd[tokens].unflatten(0, (count, -1))
+            outputs.append(_attend(query, key, value, mask, self.backend).flatten(0, 1))
+        return join(outputs)
+
+
+@lru_cache(maxsize=16)
+def _padding_block_mask(queries: int, keys: int, device: torch.device) -> BlockMask:
+    """All blocks, each filled in part; whose mask says with what."""
+    rows, blocks = -(-queries // BLOCK), keys // BLOCK
+    return BlockMask.from_kv_blocks(
+        *_block_table(rows * [list(range(blocks))], blocks, device),
+        *_block_table(rows * [[]], blocks, device),
+        BLOCK_SIZE=BLOCK,
+        seq_lengths=(queries, keys),
+    )
+
+
+class TextMask(nn.Module):
+    """Which keys are text of their sample and which padding; lengths_B: int32."""
+
+    def __init__(self, lengths_B: Tensor) -> None:
+        super().__init__()
+        self.lengths_B = lengths_B
+
+    def visible(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key < self.lengths_B[batch]
 
 
 @lru_cache(maxsize=16)
