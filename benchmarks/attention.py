@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,10 +36,10 @@ from star_dist.model.kernels.flash import (
     LIBRARIES,
     FlashKernel,
     FlashLibrary,
+    TextByVarlen,
     flash_attn_4,
-    torch_varlen,
 )
-from star_dist.model.kernels.flex import FlexKernel, TextByFlex, TextByVarlen, has_flash_backend
+from star_dist.model.kernels.flex import FlexKernel, TextByFlex, has_flash_backend
 from star_dist.model.kernels.reference import block_causal_mask
 from star_dist.model.kernels.sdpa import SdpaKernel, scaled_dot_product
 from star_dist.model.layout import PackedLayout
@@ -102,17 +103,21 @@ def kernels(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Ker
         return
     generation = torch.cuda.get_device_capability(device)[0]
     sums = compiled_functions().sum_prefixes
-    for load in LIBRARIES:
-        try:
-            library = load(generation)
-        except (ImportError, KernelUnavailable) as error:
-            print(f"not measured: {load.__name__} ({error})")
-            continue
+    for library in libraries(generation):
         for way, gathered in (("per scale", 0), ("leading gathered", GATHERED_TOKENS), ("gathered", 10**9)):
             yield f"{library.name}, {way}", FlashKernel(library, gathered, sums), library
     yield "flex, Triton", FlexKernel("TRITON", SdpaKernel()), None
     if has_flash_backend(generation):
         yield "flex, flash-attn 4", FlexKernel("FLASH", SdpaKernel()), flash_attn_4(generation)
+
+
+def libraries(generation: int) -> Iterator[FlashLibrary]:
+    """Those of this machine; says which are not."""
+    for load in LIBRARIES:
+        try:
+            yield load(generation)
+        except (ImportError, KernelUnavailable) as error:
+            print(f"not measured: {load.__name__} ({error})")
 
 
 def measure(problem: Problem, kernel: Kernel, backwards: bool, repeats: int) -> dict[str, Any]:
@@ -135,7 +140,8 @@ def text_kernels(device: torch.device) -> Iterator[tuple[str, TextAttention]]:
     yield "sdpa, padded", SdpaKernel()
     if device.type == "cuda":
         generation = torch.cuda.get_device_capability(device)[0]
-        yield "PyTorch's varlen", TextByVarlen(torch_varlen(generation))
+        for library in libraries(generation):
+            yield library.name, TextByVarlen(library)
         yield "flex, Triton, padded", TextByFlex("TRITON")
         if has_flash_backend(generation):
             yield "flex, flash-attn 4, padded", TextByFlex("FLASH")
@@ -181,6 +187,15 @@ def measure_call(
     } | wall
 
 
+@contextmanager
+def noted_failure(row: dict[str, Any]) -> Iterator[None]:
+    """Writes into the row why it lacks something, so that one kernel does not end the others' table."""
+    try:
+        yield
+    except RuntimeError as error:  # out of memory and what the compiler raises are such
+        row["failed"] = traceback.format_exception_only(error)[-1].strip().splitlines()[0][:100]
+
+
 def problems(device: torch.device, quick: bool) -> list[Problem]:
     """On a GPU d30's layers at full batches; on a CPU few heads and single pictures."""
     on_gpu = device.type == "cuda"
@@ -209,7 +224,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for problem, name, kernel, library in tqdm(todo, desc="attention", unit="case"):
         row = {"resolution": problem.resolution, "batch": problem.batch, "kernel": name}
-        try:
+        with noted_failure(row):
             row |= measure(problem, kernel, device.type == "cuda" or name != "flex", repeats)
             if isinstance(kernel, DenseMaskKernel):
                 mask = additive_mask(problem.schedule, problem.device, problem.dtype)
@@ -217,25 +232,24 @@ def main() -> None:
             if library is not None:
                 square = measure_square(problem, library, repeats)
                 row["of_square"] = square["step_ms"] / row["step_ms"]
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            row["failed"] = traceback.format_exception_only(error)[-1].strip().splitlines()[0][:100]
         rows.append(row)
     for row in rows:
         dense = next(r for r in rows if (r["resolution"], r["batch"]) == (row["resolution"], row["batch"]))
         for kind in ("forward", "step"):
             if row.get(f"{kind}_ms") and dense.get(f"{kind}_ms"):
                 row[f"{kind}_speedup"] = dense[f"{kind}_ms"] / row[f"{kind}_ms"]
+    todo_text = [(problem, *entry) for problem in problems(device, arguments.quick) for entry in text_kernels(device)]
     text_rows: list[dict[str, Any]] = []
-    for problem in problems(device, arguments.quick):
-        for name, kernel in text_kernels(device):
-            facts = {"resolution": problem.resolution, "batch": problem.batch, "kernel": name}
-            text_rows.append(facts | measure_text(problem, kernel, repeats))
-    heads = dict.fromkeys(key for row in rows for key in row)
+    for problem, name, kernel in tqdm(todo_text, desc="attention to text", unit="case"):
+        row = {"resolution": problem.resolution, "batch": problem.batch, "kernel": name}
+        with noted_failure(row):
+            row |= measure_text(problem, kernel, repeats)
+        text_rows.append(row)
     matmul = measured_matmul_flops(device, 8192 if device.type == "cuda" else 1024, dtype=problem.dtype)
     print_table(
         f"One layer's attention on {device_name(device)}; matrix products there: {matmul / 1e12:.4g} TFLOP/s "
         f"({str(problem.dtype).removeprefix('torch.')})",
-        [{head: row.get(head) for head in heads} for row in rows],
+        rows,
     )
     print_table(f"Attention to captions of {TEXT_TOKENS} tokens", text_rows)
     write_json(arguments.json, device, {"matmul_tflops": matmul / 1e12, "attention": rows, "text": text_rows})

@@ -95,10 +95,10 @@ def fill_with_noise(model: nn.Module) -> None:
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows of the same keys as one aligned table; floats with four significant digits."""
+    """Rows as one aligned table, empty where a row lacks what others have; floats with four significant digits."""
     if not rows:
         return
-    heads = list(rows[0])
+    heads = list(dict.fromkeys(head for row in rows for head in row))
     cells = [heads, *([_shown(row.get(head)) for head in heads] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
     print(f"\n{title}")

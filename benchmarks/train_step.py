@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention import CONFIGS, DenseMaskKernel
+from attention import CONFIGS, TEXT_TOKENS, DenseMaskKernel
 from measure import (
     chosen_device,
     device_name,
@@ -55,7 +55,6 @@ from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.train.metrics import device_peak_flops
 
-TEXT_TOKENS = 77
 # Which part of the step an operator or kernel belongs to, by a piece of its name; the first that fits.
 PARTS = {
     "optimizer": ("adam", "foreach"),  # first: FusedAdamMathFunctor has an "mm"
@@ -75,7 +74,7 @@ class Case:
     dtype: torch.dtype
     recompute: Recompute
     compile: str
-    accumulate: int = 1  # micro-batches of a step
+    accumulate: int  # micro-batches of a step
 
 
 def rotate_and_normalize(x_THd: Tensor, rotary: Rotary | None, factor_H1: Tensor | None = None) -> Tensor:
@@ -272,9 +271,8 @@ def main() -> None:
     for case in tqdm(todo, desc="train step", unit="case"):
         kinds = our_kinds(case, arguments) | ({DENSE: DenseStar} if arguments.against else {})
         rows += measure(kinds, case, device, peak, repeats)
-    heads = dict.fromkeys(head for row in rows for head in row if head != ROUNDS)
     title = f"Training step on {device_name(device)}; MFU of {peak / 1e12:.4g} TFLOP/s ({peak_source})"
-    print_table(title, [{head: row.get(head) for head in heads} for row in rows])
+    print_table(title, [{head: value for head, value in row.items() if head != ROUNDS} for row in rows])
     if arguments.profile is not None:
         *_, kind = our_kinds(todo[-1], arguments).values()
         step = build_step(kind, todo[-1], device)

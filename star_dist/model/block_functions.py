@@ -17,11 +17,7 @@ from torch import Tensor
 
 from star_dist.model.compiling import compiled
 from star_dist.model.kernels.scale_by_scale import SumPrefixes, sum_prefixes, sum_prefixes_for_compiler
-from star_dist.model.qk_norm import (
-    backward_pass,
-    forward_pass,
-    rotate_and_normalize,
-)
+from star_dist.model.qk_norm import backward_pass, forward_pass, rotate_and_normalize
 from star_dist.model.recompute import Recompute, run_block, run_block_keeping_products
 
 LAYER_NORM_EPS = 1e-6

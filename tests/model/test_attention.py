@@ -18,7 +18,7 @@ from star_dist.model import attention
 from star_dist.model.attention import PackedAttention, choose_kernel
 from star_dist.model.block_functions import PLAIN, BlockFunctions, CompiledBlocks
 from star_dist.model.kernels import flash, flex
-from star_dist.model.kernels.base import Kernel, KernelUnavailable, TextAttention
+from star_dist.model.kernels.base import Kernel, KernelUnavailable
 from star_dist.model.kernels.reference import ReferenceKernel, block_causal_mask
 from star_dist.model.kernels.scale_by_scale import (
     SumPrefixes,
@@ -119,38 +119,32 @@ def test_bf16_agrees_with_the_reference_in_float32(kernel: Kernel, layout: Packe
     assert max(found) < BF16_TOLERANCE, found
 
 
+def text_forward_and_backward(kernel: Kernel, layout: PackedLayout) -> list[Tensor]:
+    """Of attention to the text: output and the gradients of queries, keys and values."""
+    query, _, _, gradient = random_inputs(layout.num_tokens, 2, 8, torch.float64)
+    key, value, *_ = random_inputs(sum(layout.text_lengths), 2, 8, torch.float64)
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    output = PackedAttention(layout, kernel, CPU).attend_text(leaves[0], lambda: (leaves[1], leaves[2]))
+    return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
+
+
 def test_text_attention_agrees_with_the_reference(kernel: Kernel) -> None:
-    query, _, _, gradient = random_inputs(RAGGED.num_tokens, 2, 8, torch.float64)
-    key, value, *_ = random_inputs(sum(RAGGED.text_lengths), 2, 8, torch.float64)
-
-    def run(kernel: Kernel) -> list[Tensor]:
-        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-        output = PackedAttention(RAGGED, kernel, CPU).attend_text(leaves[0], lambda: (leaves[1], leaves[2]))
-        return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
-
-    assert max(errors(run(kernel), run(ReferenceKernel()))) < 1e-12
+    found, wanted = (text_forward_and_backward(k, RAGGED) for k in (kernel, ReferenceKernel()))
+    assert max(errors(found, wanted)) < 1e-12
 
 
 @pytest.mark.parametrize("longest", [20, 300])
 def test_text_attention_by_flex_agrees_with_the_reference(longest: int) -> None:
     """Both passes, operation by operation: compiled, a CPU has no backward pass."""
+    layout = PackedLayout(2 * (SCHEDULES[256],) + (ScaleSchedule((1, 2, 3)),), (7, longest, 3))
 
-    def largest_error() -> float:
+    def by_flex() -> list[Tensor]:
         flex._compiled = flex.flex_attention
         sys.modules["torch.nn.attention.flex_attention"]._validate_device = lambda *_: None
-        layout = PackedLayout(2 * (SCHEDULES[256],) + (ScaleSchedule((1, 2, 3)),), (7, longest, 3))
-        query, _, _, gradient = random_inputs(layout.num_tokens, 2, 8, torch.float64)
-        key, value, *_ = random_inputs(sum(layout.text_lengths), 2, 8, torch.float64)
+        return text_forward_and_backward(flex.FlexKernel(None, flex.TextByFlex(None)), layout)
 
-        def run(kernel: TextAttention) -> list[Tensor]:
-            leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-            output = kernel.cross(*leaves, layout, kernel.prepare_text(layout, CPU))
-            return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
-
-        return max(errors(run(flex.TextByFlex(None)), run(ReferenceKernel())))
-
-    (error,) = run_ranks(largest_error, 1)
-    assert error < 1e-12
+    (found,) = run_ranks(by_flex, 1)
+    assert max(errors(found, text_forward_and_backward(ReferenceKernel(), layout))) < 1e-12
 
 
 @needs_compiler

@@ -20,8 +20,8 @@ from star_dist.model.blocks import Block
 from star_dist.model.config import StarConfig
 from star_dist.model.initialization import initialize_weights
 from star_dist.model.kernels import flex
-from star_dist.model.kernels.flash import FlashLibrary
-from star_dist.model.kernels.flex import FlexKernel, TextByFlex, TextByVarlen
+from star_dist.model.kernels.flash import FlashLibrary, TextByVarlen
+from star_dist.model.kernels.flex import FlexKernel, TextByFlex
 from star_dist.model.layout import PackedLayout
 from star_dist.model.recompute import Recompute
 from star_dist.model.size import KEPT_PER_BLOCK, KEPT_SELECTIVE

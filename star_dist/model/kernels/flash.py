@@ -46,14 +46,31 @@ class FlashLibrary:
     of_operations: bool = True
 
 
-class FlashKernel(ByLayout):
+class TextByVarlen:
+    """Attention to the text by a library's variable-length function."""
+
+    def __init__(self, library: FlashLibrary) -> None:
+        self.library = library
+
+    def prepare_text(self, layout: PackedLayout, device: torch.device) -> TextOffsets:
+        """Offsets of every sample's image and text tokens and the most of each; from the CPU, without a sync."""
+        longest = max(schedule.num_tokens for schedule in layout.schedules)
+        return layout.token_offsets(device), layout.text_offsets(device), longest, max(layout.text_lengths)
+
+    def cross(
+        self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: TextOffsets
+    ) -> Tensor:
+        return self.library.varlen(query_THd, key_SHd, value_SHd, *text)
+
+
+class FlashKernel(ByLayout, TextByVarlen):
     def __init__(
         self,
         library: FlashLibrary,
         gathered_tokens: int = GATHERED_TOKENS,
         sum_prefixes: SumPrefixes = sum_prefixes,
     ) -> None:
-        self.library = library
+        super().__init__(library)
         self.sum_prefixes = sum_prefixes
         self.gathered_tokens = gathered_tokens
         self.description = f"flash ({library.name})"
@@ -71,20 +88,7 @@ class FlashKernel(ByLayout):
             self.sum_prefixes,
         )
 
-    def prepare_text(self, layout: PackedLayout, device: torch.device) -> TextOffsets:
-        return text_offsets(layout, device)
-
-    @torch.compiler.disable
-    def cross(
-        self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: TextOffsets
-    ) -> Tensor:
-        return self.library.varlen(query_THd, key_SHd, value_SHd, *text)
-
-
-def text_offsets(layout: PackedLayout, device: torch.device) -> TextOffsets:
-    """Offsets of every sample's image and text tokens and the most of each; from the CPU, without a sync."""
-    longest = max(schedule.num_tokens for schedule in layout.schedules)
-    return layout.token_offsets(device), layout.text_offsets(device), longest, max(layout.text_lengths)
+    cross = torch.compiler.disable(TextByVarlen.cross)
 
 
 def flash_kernel(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from star_dist.model.compiling import compiled
 from star_dist.model.kernels.base import SOFTMAX_SCALE, KernelUnavailable, TextAttention, join
-from star_dist.model.kernels.flash import FlashLibrary, TextOffsets, flash_attn_4, text_offsets, torch_varlen
+from star_dist.model.kernels.flash import TextByVarlen, flash_attn_4, torch_varlen
 from star_dist.model.kernels.sdpa import SdpaKernel
 from star_dist.model.layout import PackedLayout, copy_to_device
 from star_dist.scales import ScaleSchedule
@@ -99,19 +99,17 @@ def _attend(query_BLHd: Tensor, key_BLHd: Tensor, value_BLHd: Tensor, mask: Bloc
     return _compiled(query, key, value, block_mask=mask, scale=SOFTMAX_SCALE, kernel_options=options).transpose(1, 2)
 
 
-class TextByVarlen:
-    """Attention to the text by a library's variable-length function, which the compiler sees."""
+class PaddedText(NamedTuple):
+    """Of one run of samples, whose texts are padded to one length: its image tokens, their samples, its text tokens,
+    where those go, that length, and the mask of the padding.
+    """
 
-    def __init__(self, library: FlashLibrary) -> None:
-        self.library = library
-
-    def prepare_text(self, layout: PackedLayout, device: torch.device) -> TextOffsets:
-        return text_offsets(layout, device)
-
-    def cross(
-        self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: TextOffsets
-    ) -> Tensor:
-        return self.library.varlen(query_THd, key_SHd, value_SHd, *text)
+    tokens: slice
+    count: int
+    text_tokens: slice
+    places_S: Tensor
+    length: int
+    mask: BlockMask
 
 
 class TextByFlex:
@@ -120,42 +118,41 @@ class TextByFlex:
     def __init__(self, backend: str | None) -> None:
         self.backend = backend
 
-    def prepare_text(self, layout: PackedLayout, device: torch.device) -> list[tuple[Any, ...]]:
-        """Of every run of samples: its image tokens, their number, its text tokens, their places where every sample has
-        the same number, that number, and the mask of the padding.
-        """
+    def prepare_text(self, layout: PackedLayout, device: torch.device) -> list[PaddedText]:
         prepared = []
         for run in layout.runs:
             lengths = layout.text_lengths[run.samples]
-            padded = -(-max(lengths) // BLOCK) * BLOCK
-            places = torch.cat([torch.arange(length) + i * padded for i, length in enumerate(lengths)])
+            padded = _blocks(max(lengths)) * BLOCK
+            places_S = torch.cat([torch.arange(length) + i * padded for i, length in enumerate(lengths)])
             mask = copy.copy(_padding_block_mask(run.schedule.num_tokens, padded, device))
             mask.mask_mod = TextMask(copy_to_device(torch.tensor(lengths, dtype=torch.int32), device)).visible
             first = layout.text_starts[run.first_sample]
             # Whole where there is one run: numbers that change with every batch would be symbols to the compiler.
-            text = slice(None) if len(layout.runs) == 1 else slice(first, first + sum(lengths))
-            prepared.append((run.tokens, run.count, text, copy_to_device(places, device), padded, mask))
+            text_tokens = slice(None) if len(layout.runs) == 1 else slice(first, first + sum(lengths))
+            places_S = copy_to_device(places_S, device)
+            prepared.append(PaddedText(run.tokens, run.count, text_tokens, places_S, padded, mask))
         return prepared
 
     def cross(
-        self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: list[tuple[Any, ...]]
+        self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: list[PaddedText]
     ) -> Tensor:
         outputs = []
-        for tokens, count, text_tokens, places_S, padded, mask in text:
-            shape = count * padded, *key_SHd.shape[1:]
+        for run in text:
+            shape = run.count * run.length, *key_SHd.shape[1:]
+            # Written to their places: to gather them would add up gradients backwards, sorted by place.
             key, value = (
-                x.new_zeros(shape).index_copy(0, places_S, x[text_tokens]).unflatten(0, (count, -1))
+                x.new_zeros(shape).index_copy(0, run.places_S, x[run.text_tokens]).unflatten(0, (run.count, -1))
                 for x in (key_SHd, value_SHd)
             )
-            query = query_THd[tokens].unflatten(0, (count, -1))
-            outputs.append(_attend(query, key, value, mask, self.backend).flatten(0, 1))
+            query = query_THd[run.tokens].unflatten(0, (run.count, -1))
+            outputs.append(_attend(query, key, value, run.mask, self.backend).flatten(0, 1))
         return join(outputs)
 
 
 @lru_cache(maxsize=16)
 def _padding_block_mask(queries: int, keys: int, device: torch.device) -> BlockMask:
     """All blocks, each filled in part; whose mask says with what."""
-    rows, blocks = -(-queries // BLOCK), keys // BLOCK
+    rows, blocks = _blocks(queries), _blocks(keys)
     return BlockMask.from_kv_blocks(
         *_block_table(rows * [list(range(blocks))], blocks, device),
         *_block_table(rows * [[]], blocks, device),
@@ -179,7 +176,7 @@ class TextMask(nn.Module):
 def scale_block_mask(schedule: ScaleSchedule, device: torch.device) -> BlockMask:
     """Which blocks of keys each block of queries sees, reckoned from the scales: no L x L mask is ever made."""
     length = schedule.num_tokens
-    blocks = -(-length // BLOCK)
+    blocks = _blocks(length)
     sees_up_to = torch.repeat_interleave(torch.tensor(schedule.ends), torch.tensor(schedule.lengths))
     full, partial = [], []
     for block in range(blocks):
@@ -187,7 +184,7 @@ def scale_block_mask(schedule: ScaleSchedule, device: torch.device) -> BlockMask
         all_see, any_sees = int(of_queries.min()), int(of_queries.max())
         num_full = all_see // BLOCK  # these blocks every query of this block sees as a whole
         full.append(list(range(num_full)))
-        partial.append(list(range(num_full, -(-any_sees // BLOCK))))
+        partial.append(list(range(num_full, _blocks(any_sees))))
     return BlockMask.from_kv_blocks(
         *_block_table(partial, blocks, device),
         *_block_table(full, blocks, device),
@@ -213,6 +210,10 @@ class ScaleMask(nn.Module):
         for end, next_length in zip(self.ends, self.lengths[1:]):
             sees_up_to = sees_up_to + (query >= end).to(torch.int32) * next_length
         return key < sees_up_to
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK)
 
 
 def _block_table(rows: list[list[int]], blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
