@@ -36,6 +36,13 @@ class NormalizedHeads(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
+    def split_parts(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """The heads of several projections that one product made; (…, parts * D) -> (…, H, d) each.
+
+        Gradients then meet head by head: joined along channels, the compiler writes them in one more pass.
+        """
+        return x.unflatten(-1, (parts, self.heads, -1)).unbind(-3)
+
     def query_factor_H1(self) -> Tensor:
         """What queries of unit length are multiplied with; the softmax scale itself is 1."""
         return self.scale_mul_1H11.float().clamp(max=math.log(MAX_QUERY_SCALE)).exp().view(self.heads, 1)
@@ -61,7 +68,7 @@ class SelfAttention(NormalizedHeads):
 
     def forward(self, x_TD: Tensor, *, rotary: Rotary | None, context: LayerContext) -> Tensor:
         bias, factor_H1 = context.image_constants(self.constants)
-        query, key, value = map(self.split_heads, self.mat_qkv(x_TD, bias).chunk(3, dim=-1))
+        query, key, value = self.split_parts(self.mat_qkv(x_TD, bias), 3)
         query = self.functions.rotate_and_normalize(query, rotary, factor_H1)
         key = self.functions.rotate_and_normalize(key, rotary)
         return self.proj(context.attend_image(query, key, value).flatten(-2))
@@ -79,7 +86,7 @@ class CrossAttention(NormalizedHeads):
     def text_key_value(self, text_SC: Tensor) -> KeyValue:
         """Keys and values of the text tokens, (S, H, d) each."""
         bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
-        key, value = map(self.split_heads, self.mat_kv(text_SC, bias).chunk(2, dim=-1))
+        key, value = self.split_parts(self.mat_kv(text_SC, bias), 2)
         return self.functions.rotate_and_normalize(key, None), value
 
     def forward(self, x_TD: Tensor, text_SC: Tensor, *, context: LayerContext) -> Tensor:
