@@ -97,13 +97,14 @@ class CrossAttention(NormalizedHeads):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: StarConfig) -> None:
+    def __init__(self, config: StarConfig, functions: BlockFunctions) -> None:
         super().__init__()
+        self.functions = functions
         self.fc1 = nn.Linear(config.width, config.ffn_ratio * config.width)
         self.fc2 = nn.Linear(config.ffn_ratio * config.width, config.width)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_TD), approximate="tanh"))
+        return self.fc2(self.functions.gelu(self.fc1(x_TD)))
 
 
 class Block(nn.Module):
@@ -112,7 +113,7 @@ class Block(nn.Module):
         self.functions = functions
         self.attn = SelfAttention(config, functions)
         self.cross_attn = CrossAttention(config, functions) if config.cross_attention else None
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config, functions)
 
     def forward(self, x_TD: Tensor, text_SC: Tensor, *, rotary: Rotary | None, context: LayerContext) -> Tensor:
         add_and_norm = self.functions.add_and_norm
