@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from star_dist.environment import describe_environment
+
+# Else PyTorch's profiler writes lines of its own between the progress bar's. It is read at the first profile.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def chosen_device() -> torch.device:
