@@ -69,18 +69,22 @@ def inpaint(
 ) -> list[Image.Image]:
     """Draws what the mask marks (white: redraw, black: keep) anew, once per prompt.
 
-    Known pixels of the result are the picture's own. picture, mask: of the model's resolution, or resized to it.
+    Known pixels of the result are the picture's own. picture, mask: of the model's resolution, or resized to it, where a
+    pixel is known if all that it is made of are.
 
     Raises:
         UserError: picture and mask have different sizes or are not square.
     """
     if picture.size != mask.size:
         raise UserError(f"the picture has {_size(picture)} pixels, the mask {_size(mask)}; make them the same size")
+    _check_square(picture)
+    pixels = normalize(to_tensor(picture.convert("RGB"))).unsqueeze(0)
+    known = (to_tensor(mask.convert("L").convert("RGB"))[None, :1] == 0).float()
+    # Filled before it is resized, which mixes neighbours: what is hidden would come into the known pixels beside it.
     side = pipeline.resolution
-    pixels = _pixels(picture, side, pipeline.device)
-    redraw = mask.convert("L").resize((side, side), Image.Resampling.BOX)
-    known_11SS = (to_tensor(redraw.convert("RGB"))[None, :1] == 0).float().to(pipeline.device)
-    return _redraw(pipeline, prompts, pixels, known_11SS, seed, options)
+    seen = _pixels(to_pil(fill_unknown(pixels, known))[0], side, pipeline.device)
+    known_11SS = (shrink(known, side) == 1).float().to(pipeline.device)
+    return _redraw(pipeline, prompts, seen, known_11SS, seed, options)
 
 
 def outpaint(
@@ -96,15 +100,21 @@ def outpaint(
     box: left, top, right, bottom of the picture's place on the canvas, as fractions of the canvas.
 
     Raises:
-        UserError: a box that is empty or reaches out of the canvas.
+        UserError: a box that is empty, reaches out of the canvas or is of another shape than the picture.
     """
     side = pipeline.resolution
     inside = all(0 <= edge <= 1 for edge in box)
     left, top, right, bottom = (round(edge * side) for edge in box) if inside else (0, 0, 0, 0)
     if not (left < right and top < bottom):
         raise UserError(f"the box must be left,top,right,bottom in 0..1 and hold one of {side} pixels, got {list(box)}")
+    width, height = right - left, bottom - top
+    rounding = picture.width + picture.height  # both ends of an edge are off by half a pixel at most
+    if abs(picture.height * width - picture.width * height) > rounding:
+        raise UserError(
+            f"the picture has {_size(picture)} pixels, its box {width} x {height}; give both the same shape"
+        )
     canvas = Image.new("RGB", (side, side))
-    canvas.paste(picture.convert("RGB").resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
+    canvas.paste(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (left, top))
     pixels = _pixels(canvas, side, pipeline.device)
     known_11SS = pixels.new_zeros(1, 1, side, side)
     known_11SS[..., top:bottom, left:right] = 1
@@ -179,10 +189,14 @@ def _latent(pipeline: StarPipeline, pixels: Tensor) -> Tensor:
 
 def _pixels(picture: Image.Image, side: int, device: torch.device) -> Tensor:
     """A square picture at the model's resolution; (1, 3, side, side) in [-1, 1]."""
-    if picture.width != picture.height:
-        raise UserError(f"the picture has {_size(picture)} pixels, the model draws squares; crop it to one")
+    _check_square(picture)
     resized = picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
     return normalize(to_tensor(resized)).unsqueeze(0).to(device)
+
+
+def _check_square(picture: Image.Image) -> None:
+    if picture.width != picture.height:
+        raise UserError(f"the picture has {_size(picture)} pixels, the model draws squares; crop it to one")
 
 
 def _size(picture: Image.Image) -> str:

@@ -83,15 +83,24 @@ def test_known_pixels_stay_and_the_text_decides_the_others(pipeline: StarPipelin
     assert not np.array_equal(first[:, 8:], original[:, 8:]) and not np.array_equal(first[:, 8:], second[:, 8:])
 
 
-def test_what_is_hidden_does_not_leak(pipeline: StarPipeline, photograph: Image.Image) -> None:
-    """The pixels under the mask decide nothing."""
-    mask = mask_of(4, 4, 12, 12)
-    other = photograph.copy()
-    other.paste((255, 0, 255), (4, 4, 12, 12))
-    results = [
-        inpaint(pipeline, "red heart", picture, mask, 1, OPTIONS)[0].tobytes() for picture in (photograph, other)
-    ]
+@pytest.mark.parametrize("side", [SIDE, 50, 64, 8])
+def test_what_is_hidden_does_not_leak(pipeline: StarPipeline, photograph: Image.Image, side: int) -> None:
+    """The pixels under the mask decide nothing, of whatever size the picture is."""
+    mask = mask_of(4, 4, 12, 12).resize((side, side), Image.Resampling.NEAREST)
+    picture = photograph.resize((side, side), Image.Resampling.LANCZOS)
+    other = picture.copy()
+    other.paste((255, 0, 255), (0, 0), mask)
+    assert picture.tobytes() != other.tobytes()
+    results = [inpaint(pipeline, "red heart", known, mask, 1, OPTIONS)[0].tobytes() for known in (picture, other)]
     assert results[0] == results[1]
+
+
+def test_a_pixel_is_redrawn_if_any_of_what_it_is_made_of_is(pipeline: StarPipeline, photograph: Image.Image) -> None:
+    mask = Image.new("L", (64 * SIDE, 64 * SIDE))
+    mask.putpixel((0, 0), 255)  # of 4,096 that become one
+    drawn = inpaint(pipeline, ["red heart", "blue flag"], photograph.resize(mask.size), mask, [1, 2], OPTIONS)
+    assert drawn[0].getpixel((0, 0)) != drawn[1].getpixel((0, 0))
+    assert drawn[0].crop((1, 0, SIDE, SIDE)).tobytes() == drawn[1].crop((1, 0, SIDE, SIDE)).tobytes()
 
 
 def test_forced_tokens_correct_what_coarse_scales_drew(pipeline: StarPipeline, photograph: Image.Image) -> None:
@@ -115,6 +124,8 @@ def test_forced_tokens_correct_what_coarse_scales_drew(pipeline: StarPipeline, p
 
 
 def test_outpainting_keeps_the_picture_in_its_box(pipeline: StarPipeline, photograph: Image.Image) -> None:
+    wide = photograph.resize((301, 200))  # its shape is the box's but for the rounding of edges
+    assert outpaint(pipeline, "green face", wide, (0, 0.25, 0.75, 0.75), 1, OPTIONS)
     drawn = np.asarray(outpaint(pipeline, "green face", photograph, (0.25, 0.25, 0.75, 0.75), 1, OPTIONS)[0])
     small = np.asarray(photograph.resize((8, 8), Image.Resampling.LANCZOS))
     assert drawn.shape == (SIDE, SIDE, 3) and np.array_equal(drawn[4:12, 4:12], small)
@@ -149,8 +160,9 @@ def test_filling_continues_what_is_known() -> None:
         (lambda p, photo: outpaint(p, "x", photo, (0, 0, 1.5, 1)), r"bottom in 0\.\.1 .* got \[0, 0, 1\.5, 1\]"),
         (lambda p, photo: outpaint(p, "x", photo, (0.5, 0, 0.5, 1)), "hold one of 16 pixels"),
         (lambda p, photo: outpaint(p, "x", photo, (float("nan"), 0, 1, 1)), "hold one of 16 pixels"),
+        (lambda p, photo: outpaint(p, "x", photo.resize((48, 16)), (0, 0, 0.5, 0.5)), "48 x 16 pixels, its box 8 x 8"),
     ],
-    ids=["mask", "oblong", "scales", "outside", "empty", "nan"],
+    ids=["mask", "oblong", "scales", "outside", "empty", "nan", "squashed"],
 )  # fmt: skip
 def test_mistakes(pipeline: StarPipeline, photograph: Image.Image, call: Callable, said: str) -> None:
     with pytest.raises(UserError, match=said):
