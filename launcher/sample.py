@@ -23,14 +23,12 @@ def main() -> None:
     from pathlib import Path
 
     from star_dist.errors import UserError
+    from star_dist.files import read_text_lines
 
     options = sampling_options(arguments)
     prompts = list(arguments.prompts)
     if arguments.prompts_file:
-        try:
-            prompts += [line.strip() for line in Path(arguments.prompts_file).read_text().splitlines() if line.strip()]
-        except OSError as error:
-            raise UserError(f"cannot read {arguments.prompts_file}: {error.strerror}") from None
+        prompts += read_text_lines(Path(arguments.prompts_file))
     if not prompts:
         raise UserError("no prompt given; put it after the folder, in quotes, or use --prompts-file")
     if arguments.count < 1 or arguments.batch < 1:

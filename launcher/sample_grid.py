@@ -25,12 +25,10 @@ def main() -> None:
     from pathlib import Path
 
     from star_dist.errors import UserError
+    from star_dist.files import read_text_lines
 
     options = sampling_options(arguments)
-    try:
-        captions = [line.strip() for line in Path(arguments.captions).read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"cannot read {arguments.captions}: {error.strerror}") from None
+    captions = read_text_lines(Path(arguments.captions))
     if arguments.count < 1 or arguments.columns < 1:
         raise UserError(f"--count and --columns must be positive, got {arguments.count} and {arguments.columns}")
     if not captions:

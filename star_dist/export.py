@@ -12,6 +12,7 @@ DIR/public_layout.safetensors    what only the public layout has, where the weig
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from star_dist.config import RunConfig, Section, TextSection
 from star_dist.errors import UserError
+from star_dist.files import read_json_object
 from star_dist.model.config import StarConfig
 from star_dist.model.star import STAR
 from star_dist.model_card import ModelFacts, model_card
@@ -42,6 +44,10 @@ CARD_FILE = "README.md"
 TOKENIZER_FOLDER = "tokenizer"
 TEXT_ENCODER_FOLDER = "text_encoder"
 PUBLIC_EXTRAS_FILE = "public_layout.safetensors"
+OWN_NAMES = re.compile(
+    rf"{CONFIG_FILE}|{CARD_FILE}|{TOKENIZER_FOLDER}|{TEXT_ENCODER_FOLDER}|{PUBLIC_EXTRAS_FILE}"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
 
 # What is fetched of a hub repository: nothing that would have to be unpickled.
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md", "*.model")
@@ -66,7 +72,7 @@ def check_replaceable(folder: Path) -> None:
     """Makes sure that an export deletes nothing but an earlier export.
 
     Raises:
-        UserError: the folder exists, is not empty and is no inference folder.
+        UserError: the folder exists and holds something else.
     """
     if not folder.name:
         raise UserError(f"--out {str(folder)!r} has no name of its own; give the folder to write")
@@ -75,6 +81,12 @@ def check_replaceable(folder: Path) -> None:
             read_export_config(folder)
         except UserError:
             raise UserError(f"{folder} exists and is no inference folder; choose another --out") from None
+        foreign = sorted(path.name for path in folder.iterdir() if not OWN_NAMES.fullmatch(path.name))
+        if foreign:
+            raise UserError(
+                f"{folder} would be replaced, but holds {', '.join(foreign)}, which no export wrote; move it away or "
+                f"choose another --out"
+            )
     elif folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --out")
 
@@ -92,13 +104,18 @@ def write_inference_folder(
     `public_layout.py`.
 
     Raises:
-        UserError: the folder holds something else than an earlier export, or the text encoder cannot be copied.
+        UserError: the folder holds something else than an earlier export, weights are not finite, or the text encoder
+            cannot be copied.
     """
     check_replaceable(folder)
+    folder = folder.resolve()  # a link stays one
+    stored = {name: tensor.to(DTYPES[config.dtype]) for name, tensor in weights.items()}
+    for name, tensor in stored.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite, which draw nothing; take an earlier checkpoint")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    stored = {name: tensor.to(DTYPES[config.dtype]) for name, tensor in weights.items()}
     write_weights(stored, partial)
     if public_extras:
         save_file(dict(public_extras), partial / PUBLIC_EXTRAS_FILE, metadata={"format": "pt"})
@@ -116,9 +133,12 @@ def write_inference_folder(
     for path in partial.rglob("*"):
         if path.is_file():
             path.chmod(readable)
+    earlier = folder.with_name(folder.name + ".earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        os.replace(folder, earlier)
     os.replace(partial, folder)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def read_export_config(folder: Path) -> ExportConfig:
@@ -128,12 +148,12 @@ def read_export_config(folder: Path) -> ExportConfig:
         UserError: no inference folder there, or a damaged one.
     """
     path = folder / CONFIG_FILE
+    no_folder = f"{folder} is no inference folder (launcher/export.py makes one of a run)"
+    values = read_json_object(path, absent=f"{no_folder}: it has no {CONFIG_FILE}")
+    if values.get("format") != FORMAT:
+        raise UserError(f"{no_folder}: {path} has format {values.get('format')!r}, expected {FORMAT!r}")
     try:
-        return ExportConfig.model_validate_json(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} is no inference folder: it has no {CONFIG_FILE} (launcher/export.py writes one)"
-        ) from None
+        return ExportConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"{path} is damaged: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None

@@ -24,7 +24,7 @@ def read_json_object(path: Path, absent: str) -> dict[str, Any]:
     """
     try:
         return parse_json_object(path.read_bytes(), str(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(absent) from None
     except OSError as error:
         raise UserError(f"{path} is damaged: {error}") from None
@@ -43,6 +43,21 @@ def parse_json_object(text: bytes, place: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{place} is damaged: it holds no JSON object")
     return values
+
+
+def read_text_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that a command was given, stripped, without empty ones.
+
+    Raises:
+        UserError: no such file, or no text.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: byte {error.start} is no UTF-8; save it as UTF-8") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -138,9 +138,15 @@ def check_fit(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> None:
     """For captions that somebody has typed: those of a data set may be cut.
 
     Raises:
-        UserError: a caption has more tokens than the text encoder takes.
+        UserError: a caption has more tokens than the text encoder takes, or is no text.
     """
     for caption in captions:
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"a prompt holds half a character at letter {error.start + 1} (a lone surrogate): {caption[:40]!a}"
+            ) from None
         tokens = len(tokenizer(caption, truncation=False, verbose=False)["input_ids"])
         if tokens > max_tokens:
             raise UserError(f"a prompt has {tokens} tokens, the model takes {max_tokens}; shorten {caption[:40]!r}…")

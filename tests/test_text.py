@@ -95,6 +95,8 @@ def test_typed_captions_are_not_cut(text_encoder_folder: Path) -> None:
     encoder.check_fit(["red heart", "red " * 6])
     with pytest.raises(UserError, match=r"a prompt has 9 tokens, the model takes 8; shorten 'red red red"):
         encoder.check_fit(["red heart", "red " * 7])
+    with pytest.raises(UserError, match=r"half a character at letter 5 .*: 'red \\ud83d'"):
+        encoder.check_fit(["red \ud83d"])
     assert encoder(["red " * 7]).lengths == (8,)  # a data set's captions are
 
 

@@ -69,7 +69,7 @@ def inpaint(
 ) -> list[Image.Image]:
     """Draws what the mask marks (white: redraw, black: keep) anew, once per prompt.
 
-    Known pixels of the result are the picture's own. picture, mask: of the model's resolution, or resized to it, where a
+    Known pixels of the result are the picture's own. picture, mask: of the model's resolution, or resized to it; then a
     pixel is known if all that it is made of are.
 
     Raises:

@@ -37,8 +37,9 @@ class CudaGraphRecorder:
                     function()
             torch.cuda.current_stream().wait_stream(side_stream)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads, as those of a server, may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            # PyTorch's own stream for this is made once, on the first GPU that records. thread_local: other threads, as
+            # those of a server, may use the GPU meanwhile.
+            with torch.cuda.graph(graph, self.pool, side_stream, capture_error_mode="thread_local"):
                 function()
         return graph.replay
 

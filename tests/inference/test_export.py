@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from star_dist import export
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
 from star_dist.export import initial_weights_from, read_export_config
@@ -109,7 +110,9 @@ def test_damaged_exports_are_refused(exported: Path, tmp_path: Path) -> None:
         (cut, r"model\.safetensors is no file of tensors, or a damaged one"),
         (missing, r"does not fit: missing pos_start"),
         (other_tokenizer, r"the tokenizer has hash \w+, the transformer was trained with \w+"),
-        (tmp_path, r"is no inference folder"),
+        (tmp_path, r"is no inference folder .* it has no config\.json"),
+        (exported / "model.safetensors", r"is no inference folder .* it has no config\.json"),
+        (exported / "tokenizer", r"is no inference folder .*config\.json has format 'star-dist tokenizer"),
     ]:
         with pytest.raises(UserError, match=said):
             StarPipeline.from_pretrained(folder)
@@ -130,8 +133,43 @@ def test_an_export_deletes_nothing_but_an_earlier_export(trained: RunConfig, tmp
         with pytest.raises(UserError, match="choose another --out|has no name of its own"):
             export_checkpoint(run_dir, out, None, "bf16")
     assert (tmp_path / "file").read_text() == "mine"
-    for _ in range(2):  # an export may be replaced
-        assert export_checkpoint(run_dir, tmp_path / "model", None, "bf16") == 80
+    out = tmp_path / "model"
+    out.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    for link in (tmp_path / "link", out):  # an export may be replaced
+        assert export_checkpoint(run_dir, link, None, "bf16") == 80
+    assert (tmp_path / "link").is_symlink() and (out / "config.json").is_file()
+    (out / "heart.png").write_text("mine")
+    with pytest.raises(UserError, match=r"model would be replaced, but holds heart\.png, which no export wrote"):
+        export_checkpoint(run_dir, out, None, "bf16")
+    assert (out / "heart.png").read_text() == "mine"
+
+
+def test_an_interrupted_export_leaves_the_earlier_one(
+    trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, out = Path(trained.run_dir), tmp_path / "model"
+    export_checkpoint(run_dir, out, 40, "fp32")
+
+    def interrupted(folder: Path, **_: object) -> None:
+        if Path(folder).exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(export.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(run_dir, out, 80, "fp32")
+    assert StarPipeline.from_pretrained(out).origin.step == 80
+    monkeypatch.undo()
+    assert export_checkpoint(run_dir, out, 40, "fp32") == 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_weights_that_are_not_finite_are_not_exported(exported: Path, tmp_path: Path) -> None:
+    pipeline = StarPipeline.from_pretrained(exported)
+    pipeline.model.blocks[1].ffn.fc1.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.fc1\.weight holds values that are not finite"):
+        pipeline.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_starts_from_an_export(run_config: MakeConfig, exported: Path, trained: RunConfig) -> None:

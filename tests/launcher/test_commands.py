@@ -117,6 +117,10 @@ def test_help_answers_at_once(command: list[str]) -> None:
         ),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png"], "absent is no inference folder"),
         (
+            ["launcher/sample.py", "absent", "--prompts-file", "docs/demo_samples.png", "--out", "x.png"],
+            "cannot read docs/demo_samples.png: byte 0 is no UTF-8",
+        ),
+        (
             ["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--seed=-1"],
             "--seed must lie in 0..9223372036854775807 for 1 pictures, got -1",
         ),
