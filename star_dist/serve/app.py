@@ -136,7 +136,7 @@ def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[st
     @app.delete("/api/jobs/{job_id}", status_code=202)
     async def cancel(job_id: str) -> dict[str, Any]:
         job = find(job_id)
-        job.cancel.set()
+        worker.cancel(job)
         return describe(job)
 
     return app

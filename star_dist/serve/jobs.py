@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import queue
 import secrets
 import threading
 from collections import OrderedDict
@@ -81,9 +80,9 @@ class Worker:
         # Decoding averages of the latent's cells gives a small picture at a small part of the cost.
         cells = PREVIEW_SIDE // pipeline.tokenizer.config.downsampling
         self.preview_cells = max(1, min(cells, pipeline.schedule.latent_side))
-        self.jobs: OrderedDict[str, Job] = OrderedDict()
-        self.lock = threading.Lock()
-        self.queue: queue.Queue[Job | None] = queue.Queue(maxsize=limits.waiting)
+        self.jobs: OrderedDict[str, Job] = OrderedDict()  # in their order of arrival
+        self.changed = threading.Condition()  # held where jobs come and go, and where one begins or is cancelled
+        self.stopping = False
         self.thread = threading.Thread(target=self._run, name="drawing", daemon=True)
 
     def start(self) -> None:
@@ -91,10 +90,11 @@ class Worker:
 
     def stop(self) -> None:
         """Ends after the running scale; jobs that wait are cancelled."""
-        with self.lock:
+        with self.changed:
+            self.stopping = True
             for job in self.jobs.values():
-                job.cancel.set()
-        self.queue.put(None)
+                self.cancel(job)
+            self.changed.notify()
         self.thread.join()
 
     def submit(self, drawing: Drawing) -> Job:
@@ -104,19 +104,23 @@ class Worker:
             QueueFull: as many jobs wait as may.
         """
         job = Job(drawing, len(self.pipeline.schedule))
-        with self.lock:
-            try:
-                self.queue.put_nowait(job)
-            except queue.Full:
-                raise QueueFull(
-                    f"{self.limits.waiting} jobs are waiting, which is the limit; try again in a moment"
-                ) from None
+        with self.changed:
+            if sum(other.state == "waiting" for other in self.jobs.values()) >= self.limits.waiting:
+                raise QueueFull(f"{self.limits.waiting} jobs are waiting, which is the limit; try again in a moment")
             self.jobs[job.id] = job
             self._drop_old()
+            self.changed.notify()
         return job
 
+    def cancel(self, job: Job) -> None:
+        """Ends a job: at once if it waits, after the running scale if it is drawn."""
+        with self.changed:
+            job.cancel.set()
+            if job.state == "waiting":
+                job.state = "cancelled"
+
     def _drop_old(self) -> None:
-        """Drops the oldest finished jobs beyond either limit, but never the newest job; call it with the lock held."""
+        """Drops the oldest finished jobs beyond either limit, but never the newest job; call it with `changed` held."""
         finished = [job for job in list(self.jobs.values())[:-1] if job.state in FINISHED]
         held = sum(job.num_bytes for job in self.jobs.values())
         for i, job in enumerate(finished):
@@ -131,27 +135,34 @@ class Worker:
         Raises:
             KeyError: there is none, or it was dropped as too old.
         """
-        with self.lock:
+        with self.changed:
             return self.jobs[job_id]
 
     def position(self, job: Job) -> int:
         """How many jobs are drawn before this one."""
-        with self.lock:
+        with self.changed:
             unfinished = [other for other in self.jobs.values() if other.state not in FINISHED]
         return unfinished.index(job) if job in unfinished else 0
 
     def _run(self) -> None:
-        while (job := self.queue.get()) is not None:
+        while (job := self._next()) is not None:
             self._work(job)
-            with self.lock:
+            with self.changed:
                 self._drop_old()
+
+    def _next(self) -> Job | None:
+        """Waits for the oldest waiting job, which is drawn from now on; null when the worker ends."""
+        with self.changed:
+            while not self.stopping:
+                for job in self.jobs.values():
+                    if job.state == "waiting":
+                        job.state = "drawing"
+                        return job
+                self.changed.wait()
+        return None
 
     def _work(self, job: Job) -> None:
         """Draws a job and says in it how that ended."""
-        if job.cancel.is_set():
-            job.state = "cancelled"
-            return
-        job.state = "drawing"
         try:
             self._draw(job)
             job.state = "done"

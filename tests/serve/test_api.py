@@ -155,12 +155,15 @@ def test_queue_is_bounded_and_drawings_can_be_cancelled(client: TestClient, held
     assert waiting[1]["waiting_before"] == 2
     full = client.post("/api/jobs", json={"prompts": ["red heart"]})
     assert full.status_code == 503 and "2 jobs are waiting, which is the limit" in full.json()["error"]
-    for job in (running, waiting[0]):
-        assert client.delete(f"/api/jobs/{job['id']}").status_code == 202
+    cancelled = client.delete(f"/api/jobs/{waiting[0]['id']}")
+    assert cancelled.status_code == 202 and cancelled.json()["state"] == "cancelled"  # at once, and it makes room
+    assert client.get(f"/api/jobs/{waiting[1]['id']}").json()["waiting_before"] == 1
+    third = submit(client)
+    assert client.delete(f"/api/jobs/{running['id']}").json()["state"] == "drawing"
     held()
     assert wait(client, running, "cancelled")["scales_done"] < 4
-    wait(client, waiting[0], "cancelled")
-    assert wait(client, waiting[1])["scales_done"] == 4
+    assert wait(client, waiting[1])["scales_done"] == wait(client, third)["scales_done"] == 4
+    assert wait(client, waiting[0], "cancelled")["scales_done"] == 0
 
 
 def test_old_drawings_are_dropped(client: TestClient) -> None:
@@ -176,8 +179,11 @@ def test_previews_are_small_and_kept_pictures_bounded_in_bytes(
     worker = Worker(pipeline, Limits(kept=100, kept_bytes=4000))
     worker.start()
     drawings = [worker.submit(Drawing(("red heart",), (seed,), SamplingOptions())) for seed in range(9)]
-    worker.queue.put(None)
-    worker.thread.join(DEADLINE_S)
+    deadline = time.monotonic() + DEADLINE_S
+    while drawings[-1].state != "done":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    worker.stop()
     last = drawings[-1]
     sizes = [Image.open(io.BytesIO(files[0])).size for files in last.previews]
     assert sizes == [(8, 8)] * 3 + [(16, 16)]

@@ -30,7 +30,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def address(exported: Path) -> Iterator[str]:
     """Where a trained model is served."""
-    command = [sys.executable, "-m", "star_dist.command", "serve", str(exported), "--port", "0", "--max-pictures", "4"]
+    command = [sys.executable, "-m", "star_dist.command", "serve", str(exported), "--port", "0", "--max-pictures", "3"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         found = re.search(r"http://\S+", server.stdout.readline())
@@ -53,7 +53,7 @@ def page(address: str) -> Iterator:
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(address)
-        page.wait_for_function("document.title.includes('star-dist') && model")
+        page.wait_for_function("() => document.title.includes('star-dist') && model")
         yield page
         assert not problems
         browser.close()
@@ -67,7 +67,7 @@ def draw(page, prompt: str, **fields: str) -> None:
 
 def finished(page, count: int) -> None:
     page.wait_for_function("count => document.querySelectorAll('figcaption a').length === count", arg=count)
-    page.wait_for_function("!document.querySelector('#draw').disabled")
+    page.wait_for_function("() => !document.querySelector('#draw').disabled")
 
 
 def test_drawing_downloading_and_history(page, tmp_path: Path) -> None:
@@ -77,8 +77,7 @@ def test_drawing_downloading_and_history(page, tmp_path: Path) -> None:
     scales = page.evaluate("model.scales.length")
     assert figures.count() == 2 and page.locator("figure >> nth=0").locator(".strip button").count() == scales
     assert page.locator("figcaption span").all_text_contents() == ["seed 5", "seed 6"]
-    natural = "document.querySelector('figure > img').naturalWidth"
-    page.wait_for_function(f"{natural} === model.resolution")
+    page.wait_for_function("() => document.querySelector('figure > img').naturalWidth === model.resolution")
 
     with page.expect_download() as download:
         page.locator("figcaption a").nth(1).click()
@@ -88,7 +87,7 @@ def test_drawing_downloading_and_history(page, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "picture.png").size == (side, side)
 
     page.locator(".strip button").first.click()  # the picture after the first scale
-    page.wait_for_function("document.querySelector('figure > img').src.includes('/scales/0/')")
+    page.wait_for_function("() => document.querySelector('figure > img').src.includes('/scales/0/')")
 
     draw(page, "<b>blue flag", count="1", seed="1", top_k="7")
     finished(page, 1)
@@ -108,8 +107,13 @@ def test_drawing_downloading_and_history(page, tmp_path: Path) -> None:
 
 def test_mistakes_are_messages_on_the_page(page) -> None:
     for prompt, fields, said in [
-        ("red heart", {"count": "9"}, "9 pictures were asked for, the limit is 4; ask for fewer at a time"),
-        ("red heart", {"count": "two"}, "Pictures must be a whole number, got “two”"),
+        ("red heart", {"count": "9"}, "9 pictures were asked for, the limit is 3; ask for fewer at a time"),
+        (
+            "red heart",
+            {"seed": "9007199254740993"},
+            "Seed may be up to 9007199254740991 on this page, got “9007199254740993”",
+        ),
+        ("red heart", {"seed": "", "count": "two"}, "Pictures must be a whole number, got “two”"),
         (
             "red heart",
             {"count": "1", "top_k": "1,1"},
@@ -122,3 +126,13 @@ def test_mistakes_are_messages_on_the_page(page) -> None:
     draw(page, "red heart", top_k="1,1,3,3")
     finished(page, 1)
     assert page.locator("#error").is_hidden()
+
+
+def test_enter_draws_but_not_where_it_ends_a_word(page) -> None:
+    assert page.input_value("#count") == "3"  # what people would ask for, or the limit
+    page.fill("#prompt", "red heart")
+    press = "composing => document.getElementById('prompt').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', isComposing: composing}))"
+    page.evaluate(press, True)
+    assert page.locator("#draw").is_enabled() and page.locator("figure").count() == 0
+    page.evaluate(press, False)
+    finished(page, 3)
