@@ -69,6 +69,8 @@ class TrainBatches:
         """Endless micro-batches, the first being this rank's first one of optimizer step `step` (counted from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         while True:
+            # Else streaming drops the state of an epoch that it has already begun, and begins the next one.
+            self.dataset.next_epoch = epoch
             self.dataset.load_state_dict(
                 {
                     "epoch": epoch,

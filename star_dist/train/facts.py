@@ -4,7 +4,7 @@ Imports no torch, because status and retry commands read it. One event per line;
 
     start       step, ranks, host, job, last_step (the last one trained before, by whatever trace is left of it)
     checkpoint  step, train_s (seconds of this attempt that went into steps)
-    save_failed, spike, rollback
+    save_failed, prune_failed, spike, rollback
     end         step, train_s, reason: an attempt that ended in order, or by an error it could still report;
                 exit_code: in order or by a user's mistake, else null
     mistake     rank, reason, exit_code: the UserError of a rank that wrote no `end`, such as before the start

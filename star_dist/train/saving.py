@@ -16,7 +16,9 @@ from star_dist.train.shards import write_index, write_shard
 
 
 class CheckpointSaver:
-    """Writes the run's checkpoints, one at a time. `on_saved(step)` and `on_failed(step, reason)` report on rank 0.
+    """Writes the run's checkpoints, one at a time, and removes old ones.
+
+    `on_saved(step)`, `on_failed(step, reason)` and `on_prune_failed(reason)` report on rank 0.
 
     All methods but `num_written` are for all ranks together.
     """
@@ -31,10 +33,11 @@ class CheckpointSaver:
         inputs: RunInputs,
         on_saved: Callable[[int], None],
         on_failed: Callable[[int, str], None],
+        on_prune_failed: Callable[[str], None],
     ) -> None:
         self._config, self._folder, self._state, self._control = config, folder, state, control
         self._rank, self._inputs = rank, inputs
-        self._on_saved, self._on_failed = on_saved, on_failed
+        self._on_saved, self._on_failed, self._on_prune_failed = on_saved, on_failed, on_prune_failed
         self._pieces = control.gather(state.pieces)
         self._thread: threading.Thread | None = None
         self._step = 0
@@ -50,7 +53,7 @@ class CheckpointSaver:
 
     def start(self, step: int, *, wait: bool) -> bool:
         """Takes a copy of the state and writes it beside the training, or right now; False if it is known to fail."""
-        self.finish()
+        self.settle()
         if not self._all_succeeded(step, self._attempt(self._begin, step) if self._rank == 0 else None):
             return False
         tensors, scalars = self._state.snapshot()
@@ -68,17 +71,22 @@ class CheckpointSaver:
         self._thread = threading.Thread(target=run, name=f"checkpoint {step}")
         self._thread.start()
         self.num_started += 1
-        if not wait:
-            return True
+        return self.settle() if wait else True
+
+    def settle(self) -> bool:
+        """`finish`, and waits until old checkpoints are removed."""
         saved = self.finish()
         self._end_pruning()
         return saved
 
     def finish(self) -> bool:
-        """Waits for the save under way, if there is one, and makes it complete; False if it failed."""
-        self._end_pruning()
+        """Waits for the save under way, if there is one, and makes it complete; False if it failed.
+
+        Old checkpoints are removed afterwards, beside the training.
+        """
         if self._thread is None:
             return True
+        self._end_pruning()
         self._thread.join()
         self._thread = None
         step = self._step
@@ -102,7 +110,7 @@ class CheckpointSaver:
         self._pruning.join()
         self._pruning = None
         if self._prune_error is not None:
-            self._on_failed(self._step, f"it is complete, but an older one stays: {self._prune_error}")
+            self._on_prune_failed(self._prune_error)
 
     def _begin(self, step: int) -> None:
         self._folder.begin(step, self._state.size_bytes)

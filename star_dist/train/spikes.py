@@ -32,36 +32,40 @@ class Spike:
 
 
 class StepLosses:
-    """This rank's summed loss of each step, fetched from the device one step late so that nobody waits for it."""
+    """This rank's summed loss of each step, fetched from the device one step late so that nobody waits for it, and of
+    how many samples it is."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._on_device = torch.zeros((), device=device)
         self._ids: deque[tuple[int, list[int]]] = deque(maxlen=REMEMBERED_STEPS)
-        self._fetching: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._fetching: tuple[Tensor, torch.cuda.Event | None, int] | None = None
         self._step_ids: list[int] = []
+        self._samples = 0
 
-    def add(self, losses_T: Tensor, sample_ids: tuple[int, ...]) -> None:
-        self._on_device = self._on_device + losses_T.detach().sum()
+    def add(self, loss_sum: Tensor, samples: int, sample_ids: tuple[int, ...]) -> None:
+        """A micro-batch's loss, summed over the tokens of so many samples; sample_ids: of the absent ones, too."""
+        self._on_device = self._on_device + loss_sum
+        self._samples += samples
         self._step_ids.extend(sample_ids)
 
-    def end_step(self, step: int) -> float | None:
-        """The sum of the step before; None at the first."""
+    def end_step(self, step: int) -> tuple[float, int]:
+        """The sum of the step before, and its samples; zeros at the first."""
         self._ids.append((step, self._step_ids))
-        before, event = None, None
+        before, event, samples = None, None, 0
         if self._fetching is not None:
-            before, event = self._fetching
+            before, event, samples = self._fetching
         if self._device.type == "cuda":
             host = torch.empty((), pin_memory=True).copy_(self._on_device, non_blocking=True)
             now = torch.cuda.Event()
             now.record()
-            self._fetching = host, now
+            self._fetching = host, now, self._samples
         else:
-            self._fetching = self._on_device, None
-        self._on_device, self._step_ids = torch.zeros((), device=self._device), []
+            self._fetching = self._on_device, None, self._samples
+        self._on_device, self._step_ids, self._samples = torch.zeros((), device=self._device), [], 0
         if event is not None:
             event.synchronize()
-        return None if before is None else before.item()
+        return 0.0 if before is None else before.item(), samples
 
     def sample_ids(self, step: int) -> list[int]:
         """This rank's samples of one of the last steps."""
@@ -76,14 +80,21 @@ class SpikeDetector:
         self._window: deque[float] = deque(maxlen=options.spike_window)
 
     def judge(self, step: int, loss: float) -> Spike | None:
-        """The spike that a step is, if it is one; else the step joins those that the next ones are compared with."""
+        """The spike that a step is, if it is one. The step joins those that the next ones are compared with.
+
+        A spike joins them as the highest loss that is none, so that a level that lasts becomes the usual one; where
+        the run goes back before it, it never was.
+        """
         known = len(self._window) >= self._options.spike_window // 4
         mean = statistics.fmean(self._window) if self._window else math.nan
         deviation = statistics.pstdev(self._window) if self._window else math.nan
-        if not math.isfinite(loss) or (known and loss > mean + self._options.spike_sigmas * deviation):
-            return Spike(step, loss, mean, deviation)
-        self._window.append(loss)
-        return None
+        highest = mean + self._options.spike_sigmas * deviation if known else math.inf
+        spike = None
+        if not math.isfinite(loss) or loss > highest:
+            spike = Spike(step, loss, mean, deviation)
+        if spike is None or (self._options.on_spike == "record" and math.isfinite(loss)):
+            self._window.append(min(loss, highest))
+        return spike
 
 
 class SkippedData:

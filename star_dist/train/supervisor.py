@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from star_dist.cli import PREEMPTED_EXIT
 from star_dist.config import RunConfig
 from star_dist.errors import RunEnded, Unreachable, UserError
 from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, RunInputs
@@ -55,14 +56,13 @@ class Supervisor:
             inputs,
             on_saved=facts.saved,
             on_failed=self._on_save_failed,
+            on_prune_failed=self._on_prune_failed,
         )
         self._requested: list[float] = []  # what `end_step` has found last
-        self._first_step = 0  # of the steps that `end_step` has seen without a gap
 
     @contextlib.contextmanager
     def watching(self, first_step: int) -> Iterator[None]:
         """What happens inside trains from a step on."""
-        self._first_step = first_step
         with (
             self.facts.attempt(first_step, self.control.size),
             self.watchdog.watching(),
@@ -73,16 +73,16 @@ class Supervisor:
         """What all ranks find out at the end of a step about the steps before, without waiting for one another."""
         self.facts.step_ended(step + 1)
         self.watchdog.beat(f"step {step + 2}")
-        loss_sum = self.step_losses.end_step(step)
-        answer = self.control.exchange([*self.requests.noted(), self.saver.num_written, loss_sum or 0.0])
+        step_loss = self.step_losses.end_step(step)
+        answer = self.control.exchange([*self.requests.noted(), self.saver.num_written, *step_loss])
         if answer is None:
             return None, None
-        *requested, num_written, loss_sum = answer
+        *requested, num_written, loss_sum, samples = answer
         if num_written == self.saver.num_started * self.control.size:
             self.saver.finish()
         spike = None
-        if step - self._first_step >= 2:  # one step until the loss is fetched, one until the ranks have added it up
-            spike = self.spike_detector.judge(step - 2, loss_sum / self.config.tokens_per_step)
+        if samples:  # the loss is fetched one step late, and the ranks have added it up another one later
+            spike = self.spike_detector.judge(step - 2, loss_sum / (samples * self.config.schedule.num_tokens))
         self._requested = requested
         return self.requests.agreed(requested), spike
 
@@ -109,7 +109,7 @@ class Supervisor:
                 f"another run, or raise the limit"
             )
         with self.pause("going back"):
-            *requested, _, _ = self.control.finish_exchange()
+            *requested, _, _, _ = self.control.finish_exchange()
             for counts in (self._requested, requested):
                 self.requests.note_again(counts)
             self.step_losses = StepLosses(self.engine.device)
@@ -120,12 +120,11 @@ class Supervisor:
             self.control.gather(None)
             self.log.go_back(checkpoint.step)
             self.facts.went_back(done, checkpoint.step)
-        self._first_step = checkpoint.step
         return checkpoint.step
 
     def _last_before(self, spike: Spike) -> Checkpoint | None:
         """The checkpoint to go back to: rank 0 decides, so that no two ranks see different ones."""
-        self.saver.finish()
+        self.saver.settle()
         found = self.checkpoints.find(None, at_most=spike.step) if self.rank == 0 else None
         step = self.control.gather(None if found is None else found.step)[0]
         return found if step is None or found is not None else self.checkpoints.open(step)
@@ -135,7 +134,7 @@ class Supervisor:
 
         Raises:
             RunEnded: it was asked to end.
-            UserError: the last step's checkpoint cannot be written.
+            Unreachable: the last step's checkpoint cannot be written, or that of a run that wants to go on.
         """
         last = done == self.config.train.steps
         ends = request is not None and request.exit_code is not None and not last
@@ -148,11 +147,18 @@ class Supervisor:
             )
         if ends:
             newest = done if saved else max(self.checkpoints.complete_steps(), default=0)
-            raise RunEnded(f"{request.name}: the run goes on from step {newest} when started again", request.exit_code)
+            goes_on = f"{request.name}: the run goes on from step {newest} when started again"
+            if request.exit_code == PREEMPTED_EXIT and not saved:  # a failure, or it would come back for ever
+                raise Unreachable(f"{goes_on}; step {done} could not be written to {self.checkpoints.place}")
+            raise RunEnded(goes_on, request.exit_code)
 
     def _on_save_failed(self, step: int, reason: str) -> None:
         self.log.say(f"warning: the checkpoint of step {step} failed: {reason}; training goes on")
         self.facts.write("save_failed", step=step, reason=reason)
+
+    def _on_prune_failed(self, reason: str) -> None:
+        self.log.say(f"warning: checkpoints that are no longer kept could not be removed: {reason}")
+        self.facts.write("prune_failed", reason=reason)
 
     @contextlib.contextmanager
     def pause(self, doing: str) -> Iterator[None]:

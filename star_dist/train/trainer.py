@@ -135,12 +135,14 @@ class Trainer:
             if self._due(config.logging.every, done) or saves:
                 self._report(done, totals)
                 totals = self._new_totals()
+            trained_s = time.perf_counter()
             if self._due(config.validation.every, done):
                 self._validate(done)
             if self._due(config.samples.every, done):
                 self._draw_samples(done)
             if saves:
                 self.supervisor.save(done, request)
+            totals.started_s += time.perf_counter() - trained_s  # what was no training counts as no time of it
         return config.train.steps
 
     # ------------------------------------------------------------------------------------------- one micro-batch
@@ -179,8 +181,9 @@ class Trainer:
     def _add(
         self, totals: Totals, losses_T: Tensor, correct_T: Tensor, batch: MicroBatch, present_B: Tensor | None
     ) -> None:
-        self.supervisor.step_losses.add(losses_T, batch.sample_ids)
-        totals.losses_K += by_scale(losses_T, self.schedule, present_B)
+        losses_K = by_scale(losses_T, self.schedule, present_B)
+        self.supervisor.step_losses.add(losses_K.sum(), sum(batch.present), batch.sample_ids)
+        totals.losses_K += losses_K
         totals.correct_K += by_scale(correct_T, self.schedule, present_B)
         totals.samples += sum(batch.present)
         totals.skipped_samples += len(batch) - sum(batch.present)

@@ -59,6 +59,36 @@ def test_order_depends_on_the_step_alone(run_config: MakeConfig, num_workers: in
     assert whole[:6] != whole[6:12]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_going_back_in_one_process_gives_the_same_samples(run_config: MakeConfig, num_workers: int) -> None:
+    """As after a spike: within an epoch, and from the next epoch into the one before it."""
+    config = run_config(data={"num_workers": num_workers, "prefetch_batches": 2})
+    spans = [(0, 5), (2, 3), (5, 4), (4, 4)]  # first step and number of steps; an epoch has 6
+
+    def one_rank() -> list[list[tuple[int, ...]]]:
+        import torch.distributed
+
+        from star_dist.data.batches import TrainBatches
+
+        process = prepare_process_environment()
+        torch.distributed.init_process_group("gloo")
+        batches = TrainBatches(config, fetch_metadata(config.data), process.world_size)
+        found = []
+        for first_step, steps in spans:
+            stream = batches.starting_at(first_step)
+            found.append([next(stream).sample_ids for _ in range(steps * batches.micro_batches_per_step)])
+            stream.close()
+        return found
+
+    for rank in run_ranks(one_rank, 2):
+        by_step: dict[int, tuple[int, ...]] = {}
+        for (first_step, steps), ids in zip(spans, rank):
+            per_step = len(ids) // steps
+            for i in range(steps):
+                of_step = sum(ids[i * per_step : (i + 1) * per_step], ())
+                assert by_step.setdefault(first_step + i, of_step) == of_step, first_step + i
+
+
 def test_a_shard_that_is_evicted_while_it_is_waited_for_is_fetched_again() -> None:
     """As a cache limit does it that is small for what is read ahead."""
     states = [_ShardState.LOCAL, _ShardState.PREPARING]

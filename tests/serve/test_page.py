@@ -131,7 +131,8 @@ def test_mistakes_are_messages_on_the_page(page) -> None:
 def test_enter_draws_but_not_where_it_ends_a_word(page) -> None:
     assert page.input_value("#count") == "3"  # what people would ask for, or the limit
     page.fill("#prompt", "red heart")
-    press = "composing => document.getElementById('prompt').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', isComposing: composing}))"
+    press = """composing => document.getElementById("prompt").dispatchEvent(
+        new KeyboardEvent("keydown", {key: "Enter", isComposing: composing}))"""
     page.evaluate(press, True)
     assert page.locator("#draw").is_enabled() and page.locator("figure").count() == 0
     page.evaluate(press, False)

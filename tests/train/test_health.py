@@ -54,7 +54,7 @@ def ended(config: RunConfig, before_step: Callable[[int, int], None], world_size
         TokenLosses.__call__ = forward
         try:
             train(config)
-        except RunEnded as error:
+        except (RunEnded, UserError) as error:
             return error.exit_code, str(error)
         return 0, "finished"
 
@@ -81,6 +81,48 @@ def test_a_signal_to_one_rank_ends_all_after_a_save(
         assert restart["from_step"] == 4 and restart["lost_steps"] == 0 and restart["reason"].startswith("SIGUSR1")
 
 
+def test_a_save_that_fails_at_the_time_limit_is_a_failure(run_config: MakeConfig) -> None:
+    """Exit code 75 would bring the job back without end."""
+    config = run_config(train={"steps": 12}, checkpoint={"every": 2})
+
+    def at_step_4(rank: int, step: int) -> None:
+        if step == 3:
+            LocalPlace.free_bytes = lambda place: 1000
+        if (rank, step) == (0, 4):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    for code, message in ended(config, at_step_4):
+        assert code == 69 and "SIGUSR1: the run goes on from step 2 when started again; step 6 could not be" in message
+
+
+def test_removing_old_checkpoints_keeps_no_rank_waiting(run_config: MakeConfig) -> None:
+    config = run_config(train={"steps": 12}, checkpoint={"every": 4, "keep_last": 1})
+
+    def run() -> list[float]:
+        from star_dist.train.checkpoint import CheckpointFolder
+        from star_dist.train.supervisor import Supervisor
+
+        prune, end_step, waited = CheckpointFolder.prune, Supervisor.end_step, []
+
+        def slow(folder: CheckpointFolder) -> None:
+            time.sleep(1.5)
+            prune(folder)
+
+        def timed(supervisor: Supervisor, step: int) -> Any:
+            began = time.perf_counter()
+            try:
+                return end_step(supervisor, step)
+            finally:
+                waited.append(time.perf_counter() - began)
+
+        CheckpointFolder.prune, Supervisor.end_step = slow, timed
+        train(config)
+        return waited
+
+    assert max(max(waited) for waited in run_ranks(run, 2)) < 1
+    assert [path.name for path in (Path(config.run_dir) / "checkpoints").iterdir()] == ["step_00000012"]
+
+
 def test_files_in_the_run_folder_ask_to_save_and_to_stop(run_config: MakeConfig) -> None:
     """SAVE saves and goes on, STOP saves and ends with 0; both are gone afterwards."""
     config = run_config(train={"steps": 40}, checkpoint={"every": 100, "keep_last": 9})
@@ -99,14 +141,15 @@ def test_files_in_the_run_folder_ask_to_save_and_to_stop(run_config: MakeConfig)
     assert not (run_dir / "SAVE").exists() and not (run_dir / "STOP").exists()
 
 
-def poison(config: RunConfig, poisoned_step: int, loss_factor: float) -> None:
-    """Makes the loss of one data step wrong, whenever its samples come."""
+def poison(config: RunConfig, poisoned_step: int, loss_factor: float) -> list[tuple[int, ...]]:
+    """Makes the loss of one data step wrong, whenever its samples come; this rank's samples of every step trained."""
     from star_dist.data.batches import TrainBatches
     from star_dist.data.dataset import MicroBatch
     from star_dist.train.token_losses import TokenLosses
 
     plain_forward, plain_starting_at = TokenLosses.__call__, TrainBatches.starting_at
     bad: set[tuple[int, ...]] = set()
+    trained: list[tuple[int, ...]] = []
 
     def starting_at(batches: TrainBatches, step: int) -> Any:
         for i, batch in enumerate(plain_starting_at(batches, step)):
@@ -115,11 +158,13 @@ def poison(config: RunConfig, poisoned_step: int, loss_factor: float) -> None:
             yield batch
 
     def forward(losses: TokenLosses, batch: MicroBatch, *arguments: Any) -> Any:
+        trained.append(batch.sample_ids)
         losses_T, correct_T = plain_forward(losses, batch, *arguments)
         return losses_T * (loss_factor if batch.sample_ids in bad else 1.0), correct_T
 
     TrainBatches.starting_at, TokenLosses.__call__ = starting_at, forward
     train(config)
+    return [sum(ids, ()) for ids in zip(*[iter(trained)] * config.accumulation_steps(int(os.environ["WORLD_SIZE"])))]
 
 
 def test_a_spike_is_trained_around(run_config: MakeConfig) -> None:
@@ -129,11 +174,14 @@ def test_a_spike_is_trained_around(run_config: MakeConfig) -> None:
         checkpoint={"every": 4, "keep_last": 9},
         health={"on_spike": "rollback", "spike_window": 16, "spike_sigmas": 8.0},
     )
-    run_ranks(poison, 2, config, 10, float("nan"))
+    trained = run_ranks(poison, 2, config, 10, float("nan"))
     run_dir = Path(config.run_dir)
     (spike,) = [json.loads(line) for line in (run_dir / "spikes.jsonl").read_text().splitlines()]
     assert spike["step"] == 10 and spike["action"] == "back to step 8"
     assert [len(ids) for ids in spike["sample_ids"]] == [4, 4]
+    for steps, spiked in zip(trained, spike["sample_ids"]):  # 13 steps, and from step 8 on again, without step 10's
+        assert steps[13:15] == steps[8:10] and steps[15:17] == steps[11:13]
+        assert steps[10] == tuple(spiked) and tuple(spiked) not in steps[11:]
     assert json.loads((run_dir / "skipped_data.json").read_text()) == [10]
     by_step = metrics(config)
     assert sorted(by_step) == list(range(1, 17))
@@ -175,6 +223,14 @@ def test_spike_detector() -> None:
         assert detector.judge(step, 5.0 + 0.1 * (step % 2)) is None
     assert detector.judge(10, 5.3).mean == pytest.approx(5.05)
     assert detector.judge(11, 5.15) is None
+
+
+def test_a_level_that_lasts_becomes_the_usual_one() -> None:
+    detector = SpikeDetector(HealthSection(spike_window=8, spike_sigmas=3.0))
+    for step in range(8):
+        assert detector.judge(step, 5.0 + 0.1 * (step % 2)) is None
+    spikes = [detector.judge(8 + step, 5.5 + 0.1 * (step % 2)) is not None for step in range(20)]
+    assert spikes[0] and not any(spikes[10:])
 
 
 def test_skipped_data_shift_what_follows(tmp_path: Path) -> None:
