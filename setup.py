@@ -46,7 +46,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "gpu": ["flash-attn>=2.7"],
+        "gpu": ["flash-attn-4>=4.0.0b36"],
         "s3": ["boto3>=1.34"],
         "prep": PREP,
         "eval": ["torchvision"],

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from star_dist.config import TextSection
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from star_dist.model.layout import copy_to_device
 
 
@@ -183,6 +183,15 @@ def _local_path(encoder: str) -> Path:
     return Path(found.origin).parent / folder
 
 
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether the Hugging Face hub, which was asked, did not answer."""
+    from huggingface_hub import constants, errors
+
+    while error is not None and not isinstance(error, errors.LocalEntryNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error is not None and not constants.HF_HUB_OFFLINE
+
+
 def _load(config: TextSection, dtype: torch.dtype):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn on every start
     import transformers
@@ -205,7 +214,8 @@ def _load(config: TextSection, dtype: torch.dtype):
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
+        kind = Unreachable if _is_unreachable(error) else UserError
+        raise kind(
             f"text encoder {config.encoder!r} could not be loaded: {reason} "
             f"(text.encoder takes a Hugging Face id, a local folder or package:NAME/FOLDER)"
         ) from None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from star_dist.config import TextSection
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from star_dist.text import TextEncoder, TextFeatures, save_text_encoder
 
 CPU = torch.device("cpu")
@@ -143,3 +143,22 @@ def test_mistakes_are_named(text_encoder_folder: Path) -> None:
         TextEncoder(section(Path("package:no_such_package/model")), CPU)
     with pytest.raises(UserError, match=r"width 16, text\.width is 1024"):
         TextEncoder(section(text_encoder_folder, width=1024), CPU)
+
+
+def test_a_hub_that_does_not_answer_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network may be back at the next attempt; with HF_HUB_OFFLINE set nobody has asked."""
+    import transformers
+    from huggingface_hub import constants, errors
+
+    def ask(*_: object, **__: object) -> None:
+        try:
+            raise errors.LocalEntryNotFoundError("no answer")
+        except errors.LocalEntryNotFoundError as error:
+            raise OSError("We couldn't connect to 'https://huggingface.co' to load the files") from error
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", ask)
+    for offline, kind in ((False, Unreachable), (True, UserError)):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(UserError, match="couldn't connect") as raised:
+            TextEncoder(TextSection(encoder="someone/encoder"), CPU)
+        assert type(raised.value) is kind

@@ -12,7 +12,7 @@
 # export SBATCH_CONSTRAINT=h100
 # export SBATCH_GPUS_PER_NODE=8
 # export SBATCH_MEM_PER_NODE=0            # 0: all of the node
-# export SBATCH_EXCLUSIVE=1
+# export SBATCH_EXCLUSIVE=exclusive
 
 # Processes per node: one per GPU. Empty: as many as the job has GPUs on the node.
 RANKS_PER_NODE=${RANKS_PER_NODE:-}

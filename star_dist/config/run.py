@@ -181,7 +181,8 @@ class CheckpointSection(Section):
     background: training goes on while the files are written; the last step's and those before an exit wait.
     on_damaged: `refuse` ends the start with a message when the newest one is damaged, `previous` takes the one before.
     resume_step: `null` takes the newest complete checkpoint of the run folder. A number goes back to that one and sets
-    later ones aside; give it for one start only, because every start with it goes back again.
+    later ones aside; give it for one start only, because every start with it goes back again (but for those of a Slurm
+    job that has requeued itself since).
     """
 
     every: Positive = 1000
@@ -326,6 +327,11 @@ class RunConfig(Section):
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step over all GPUs: the denominator of the loss."""
         return self.train.global_batch * self.schedule.num_tokens
+
+    @property
+    def needs_text_encoder(self) -> bool:
+        """Not where the data set has the captions' features, but for drawing samples."""
+        return not self.data.text_features or bool(self.samples.every)
 
     def star_config(self) -> StarConfig:
         """The transformer's architecture."""

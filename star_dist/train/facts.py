@@ -204,6 +204,13 @@ def failures_without_progress(run_dir: Path) -> int:
     return count
 
 
+def this_job_started_from(run_dir: Path, step: int) -> bool:
+    """Whether an earlier start of this Slurm job, which has requeued itself since, began at a step."""
+    job = os.environ.get("SLURM_JOB_ID") if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else None
+    starts = [event for event in read_events(run_dir) if event["event"] == "start"]
+    return job is not None and any((event["job"], event["step"]) == (job, step) for event in starts)
+
+
 def exit_code_since(run_dir: Path, time_s: float) -> int | None:
     """The exit code of an attempt that ended after a moment, in order or by a user's mistake; None if none did.
 

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from star_dist.config import RunConfig, dump_config
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from star_dist.files import append_json_line, training_goes_on
 from star_dist.run_folder import METRICS_FILE, keep_metrics_up_to
 
@@ -162,7 +162,10 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
             config=json.loads(dump_config(config)),
         )
     except wandb.Error as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        unreachable = isinstance(error, wandb.errors.CommError)
+        if unreachable and not isinstance(error, wandb.errors.AuthenticationError):
+            raise Unreachable(f"Weights & Biases: {reason}; start again, or set logging.wandb to offline") from None
         raise UserError(f"Weights & Biases: {reason}; log in, or set logging.wandb to offline or off") from None
     run.define_metric("*", step_metric=WANDB_STEP)
     return run

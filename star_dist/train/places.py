@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -159,6 +160,12 @@ class S3Place:
         found = next(self._store.list(), None)
         if found is not None:
             self._store.read_start(found.name)
+
+    def check_writing(self) -> None:
+        """Writes a small object of its own, and removes it."""
+        name = f"write-check-{uuid.uuid4().hex[:12]}"
+        self._store.write(name, b"preflight")
+        self._store.delete([name])
 
 
 def _sync(path: Path) -> None:

@@ -16,12 +16,13 @@ import torch
 import torch.distributed
 from torch.distributed import PrefixStore
 
-from star_dist.config import RunConfig
+from star_dist.config import CheckpointSection, DataSection, RunConfig
 from star_dist.environment import describe_environment
 from star_dist.errors import Unreachable, UserError
 from star_dist.files import free_bytes
 from star_dist.object_store import is_s3
 from star_dist.process import ProcessInfo, check_gpus_are_there
+from star_dist.text import TextEncoder
 from star_dist.train.checkpoint import FREE_SPACE_MARGIN
 from star_dist.train.metrics import measured_matmul_flops
 from star_dist.train.places import S3Place
@@ -159,6 +160,8 @@ def _check_hardware(config: RunConfig, process: ProcessInfo, device: torch.devic
         check.problems.append(f"{devices} GPUs for {ranks} ranks")
     elif devices > ranks:
         check.warnings.append(f"{devices - ranks} of {devices} GPUs stand idle ({ranks} ranks, RANKS_PER_NODE)")
+    if device.type == "cpu" and config.train.precision == "bf16":
+        check.warnings.append("no GPU: trains in bf16 on CPUs; ask for GPUs (SBATCH_GPUS_PER_NODE in site.sh)")
     wanted = ranks * (1 + config.data.num_workers)
     if cpus < wanted:
         said = (
@@ -199,11 +202,11 @@ def _check_node(config: RunConfig, process: ProcessInfo) -> list[str]:
             pass
     except OSError as error:
         problems.append(f"run_dir {run_dir} cannot be written: {error.strerror}")
-    for section in (config.checkpoint, config.data):
-        stores = [section.remote] if section is config.checkpoint else [s.remote for s in config.data.all_sources]
-        for url in stores:
-            if url is not None and is_s3(url):
-                problems += _check_s3(url, section.s3_endpoint_url, section.s3_region)
+    for source in config.data.all_sources:
+        if source.remote is not None and is_s3(source.remote):
+            problems += _check_s3(source.remote, config.data)
+    if config.checkpoint.remote is not None:
+        problems += _check_s3(config.checkpoint.remote, config.checkpoint, writes=True)
     try:
         from star_dist.data.fetch import fetch_matching_metadata
         from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
@@ -213,13 +216,21 @@ def _check_node(config: RunConfig, process: ProcessInfo) -> list[str]:
         fetch_matching_metadata(config, tokenizer_hash(tokenizer))
     except UserError as error:
         problems.append(str(error))
+    if config.needs_text_encoder:
+        try:
+            TextEncoder(config.text, torch.device("cpu"))
+        except UserError as error:
+            problems.append(str(error))
     return problems
 
 
-def _check_s3(url: str, endpoint: str | None, region: str | None) -> list[str]:
-    """Lists a prefix, and reads the first bytes of what is there."""
+def _check_s3(url: str, section: DataSection | CheckpointSection, *, writes: bool = False) -> list[str]:
+    """Lists a prefix, reads the first bytes of what is there, and writes an object where checkpoints go."""
     try:
-        S3Place(url, endpoint, region).check_access()
+        place = S3Place(url, section.s3_endpoint_url, section.s3_region)
+        place.check_access()
+        if writes:
+            place.check_writing()
     except (OSError, UserError) as error:
         return [str(error)]
     return []

@@ -18,7 +18,7 @@ from star_dist.train.checkpoint import (
     check_same_run,
     check_same_tokenizer,
 )
-from star_dist.train.facts import FactsLog
+from star_dist.train.facts import FactsLog, this_job_started_from
 from star_dist.train.signals import RequestListener
 
 
@@ -42,7 +42,12 @@ def _train(config: RunConfig, process: ProcessInfo, requests: RequestListener, f
     run_dir = Path(config.run_dir)
     config.accumulation_steps(process.world_size)
     checkpoints = CheckpointFolder(run_dir, config.checkpoint)
-    checkpoint = checkpoints.find(config.checkpoint.resume_step)
+    resume_step = config.checkpoint.resume_step
+    if resume_step is not None and this_job_started_from(run_dir, resume_step):
+        if process.rank == 0:
+            print(f"this job has gone back to checkpoint.resume_step {resume_step} before: now from the newest on")
+        resume_step = None
+    checkpoint = checkpoints.find(resume_step)
     changes = check_same_run(checkpoint, config) if checkpoint is not None else []
     _check_nodes(config, process)
 

@@ -75,7 +75,7 @@ class Trainer:
         self.metadata = metadata
         self.tokenizer = tokenizer.to(self.device)
         self.text_encoder = None
-        if not config.data.text_features or config.samples.every:
+        if config.needs_text_encoder:
             self.text_encoder = TextEncoder(config.text, self.device, frozen_dtype(config, self.device))
         if config.samples.every:
             self.text_encoder.check_fit(config.samples.prompts)

@@ -270,5 +270,6 @@ def test_preflight_names_what_is_wrong(run_config: Callable[..., RunConfig], tmp
     assert result.returncode == 0, result.stderr[-2000:]
     assert "all-reduce over 2 ranks" in result.stdout and result.stdout.splitlines()[1].endswith("ok")
     assert json.loads((tmp_path / "findings.json").read_text())["ranks"][1]["matmul_tflops"] > 0
-    result = run(*command, "data.local=/absent")
+    result = run(*command, "data.local=/absent", "text.encoder=/absent")
     assert result.returncode == 1 and "no data set at /absent" in result.stdout and "error: bad nodes:" in result.stderr
+    assert "text encoder '/absent' could not be loaded" in result.stdout

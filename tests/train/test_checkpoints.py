@@ -11,6 +11,7 @@ import torch
 
 from star_dist.config import CheckpointSection, RunConfig
 from star_dist.errors import UserError
+from star_dist.object_store import open_store
 from star_dist.train.checkpoint import INDEX, CheckpointFolder, RunInputs, shard_name
 from star_dist.train.facts import read_events
 from star_dist.train.places import S3Place
@@ -151,6 +152,10 @@ def test_checkpoints_on_s3(run_config: MakeConfig, tmp_path: Path, s3: S3Bucket)
     with pytest.raises(UserError, match=r"has complete checkpoints \[9\]"):
         CheckpointFolder(Path(back.run_dir), back.checkpoint).find(6)
     S3Place(remote).check_access()
+    S3Place(remote).check_writing()
+    assert not list(open_store(remote).list("write-check"))
+    with pytest.raises(UserError, match="absent-bucket"):
+        S3Place("s3://absent-bucket/x").check_writing()
     S3Place(remote).rename("step_00000009", "abandoned")
     assert folder.complete_steps() == [] and "complete.json" in S3Place(remote).files("abandoned")
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from star_dist.config import RunConfig
+from star_dist.train.facts import read_events
 from tests.ranks import RankFailed, run_ranks
-from tests.train.runs import metrics, start_training, train_on, weights
+from tests.train.runs import metrics, start_training, train, train_on, weights
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -353,6 +354,40 @@ def test_going_back_sets_later_checkpoints_aside(run_config: MakeConfig) -> None
     names = sorted(path.name for path in (Path(config.run_dir) / "checkpoints").iterdir())
     assert names[-3:] == ["step_00000003", "step_00000006", "step_00000009"]
     assert [name.rsplit("_", 1)[0] for name in names[:-3]] == ["abandoned_step_00000006", "abandoned_step_00000009"]
+
+
+def test_a_job_that_comes_back_by_itself_goes_back_once(
+    run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config still says resume_step, and the checkpoint may be gone by then."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for restarts, steps, resume_step, first in [(0, 6, None, 0), (0, 9, 3, 3), (1, 12, 3, 9), (0, 15, 3, 3)]:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        options = {"every": 3, "keep_last": 9, "resume_step": resume_step}
+        config = run_config(train={"steps": steps}, checkpoint=options, optimizer={"schedule": "constant"})
+        train_on(config, 1)
+        starts = [event for event in read_events(Path(config.run_dir)) if event["event"] == "start"]
+        assert (starts[-1]["step"], starts[-1]["job"]) == (first, "7")
+
+
+def test_what_is_no_training_counts_as_no_time_of_it(run_config: MakeConfig) -> None:
+    config = run_config(train={"steps": 8}, validation={"every": 4, "num_samples": 1}, logging={"every": 2})
+
+    def run() -> None:
+        from star_dist.train.trainer import Trainer
+
+        validate = Trainer._validate
+
+        def slow(trainer: Trainer, done: int) -> None:
+            time.sleep(4)
+            validate(trainer, done)
+
+        Trainer._validate = slow
+        train(config)
+
+    run_ranks(run, 1)
+    lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["time/step_s"] < 1 for line in lines if "time/step_s" in line)
 
 
 def test_another_tokenizers_checkpoint_is_refused(run_config: MakeConfig, tmp_path: Path) -> None:
