@@ -5,6 +5,7 @@ Reckoned from formulas (docs/performance.md says how well they met measurements)
 """
 
 import json
+import math
 
 from star_dist.cli import add_config_arguments, command_parser, run_command
 
@@ -26,9 +27,10 @@ def main() -> None:
     from star_dist.config import RunConfig, load_config
     from star_dist.errors import UserError
 
-    for name in ("gpus", "gpus_per_node", "dataset"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    for name in ("gpus", "gpus_per_node", "dataset", "pictures"):
+        value = getattr(arguments, name)
+        if value is not None and not 1 <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not 0 < arguments.mfu <= 1:
         raise UserError(f"--mfu must lie above 0 and up to 1, got {arguments.mfu}")
     config = load_config(RunConfig, arguments.config, arguments.overrides)
@@ -48,7 +50,8 @@ def as_text(numbers: dict, gpus: int, dataset: float) -> str:
     bound = "communication" if numbers["communication_s"] > numbers["compute_s"] else "compute"
     lines = [
         f"{numbers['parameters']:,} parameters, {numbers['tokens_per_picture']:,} tokens a picture "
-        f"({numbers['visible_pairs_share']:.3f} of all pairs visible)",
+        f"({numbers['visible_pairs_share']:.3f} of all pairs visible); "
+        f"{numbers['trained_tokens_per_picture']:,} of them are trained",
         f"memory per GPU at micro-batch {numbers['micro_batch']} ({numbers['accumulation_steps']} a step):",
         *memory,
         f"  {'together':<24}{numbers['memory_total_bytes'] / gib:8.2f} GiB of {usable:.0f} usable"

@@ -69,6 +69,16 @@ class ScaleSchedule:
         """Query-key pairs that block-causal attention computes for one picture, of `num_tokens ** 2`."""
         return sum(length * end for length, end in zip(self.lengths, self.ends))
 
+    def keeping(self, share: float, scales: int) -> ScaleSchedule:
+        """With so much of the tokens of each of the last `scales` scales, at least one of each."""
+        if share == 1:
+            return self
+        first = len(self) - scales
+        lengths = (side * side for side in self.sides)
+        return ScaleSchedule(
+            self.sides, tuple(n if k < first else max(1, round(share * n)) for k, n in enumerate(lengths))
+        )
+
     def scales_within(self, tokens: int) -> int:
         """How many leading scales end within the first `tokens` tokens."""
         return sum(end <= tokens for end in self.ends)

@@ -324,6 +324,11 @@ class RunConfig(Section):
         return ScaleSchedule(self.scales)
 
     @property
+    def training_schedule(self) -> ScaleSchedule:
+        """Of the tokens that the model sees in training: fewer where `train.token_keep` drops some."""
+        return self.schedule.keeping(self.train.token_keep, self.train.token_drop_scales)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step over all GPUs: the denominator of the loss."""
         return self.train.global_batch * self.schedule.num_tokens

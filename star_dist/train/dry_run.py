@@ -16,8 +16,8 @@ def describe(config: RunConfig, world_size: int) -> str:
     """The resolved config, parameters, FLOPs, tokens, memory per GPU and the DeepSpeed config, as text for people."""
     star = config.star_config()
     text_tokens = config.text.max_tokens
-    forward = forward_flops(star, config.schedule, text_tokens)
-    training = training_flops(star, config.schedule, text_tokens)
+    forward = forward_flops(star, config.training_schedule, text_tokens)
+    training = training_flops(star, config.training_schedule, text_tokens)
     memory = memory_bytes(config, world_size, config.train.micro_batch)
     lines = [
         dump_config(config),

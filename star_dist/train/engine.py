@@ -72,6 +72,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         _set_timeout_of_all_groups(timeout)
         self.state = ShardedState(self._engine, config.train.zero_stage, process.rank, process.world_size, group_of)
+        self.state.undo_first_update()
 
     @property
     def model(self) -> STAR:

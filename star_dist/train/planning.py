@@ -52,14 +52,20 @@ def bytes_per_value(config: RunConfig) -> int:
 
 
 def state_bytes(config: RunConfig, gpus: int) -> dict[str, float]:
-    """Weights, gradients, fp32 masters and Adam moments per GPU, as the ZeRO stage partitions them."""
+    """Weights, gradients, fp32 masters and Adam moments per GPU, as the ZeRO stage partitions them, but for what is
+    offloaded to the CPU.
+    """
     parameters, low, stage = parameter_count(config.star_config()), bytes_per_value(config), config.train.zero_stage
     masters = FLOAT32_BYTES if low == 2 else 0
     added_in_fp32 = look_up(config.deepspeed, "data_types.grad_accum_dtype") == "fp32"
+    on_gpu = {
+        part: look_up(config.deepspeed, f"zero_optimization.{key}.device") != "cpu"
+        for part, key in (("parameters", "offload_param"), ("optimizer", "offload_optimizer"))
+    }
     return {
-        "parameters": parameters * low / (gpus if stage >= 3 else 1),
+        "parameters": on_gpu["parameters"] * parameters * low / (gpus if stage >= 3 else 1),
         "gradients": parameters * (FLOAT32_BYTES if added_in_fp32 else low) / (gpus if stage >= 2 else 1),
-        "optimizer": parameters * (masters + 2 * FLOAT32_BYTES) / (gpus if stage >= 1 else 1),
+        "optimizer": on_gpu["optimizer"] * parameters * (masters + 2 * FLOAT32_BYTES) / (gpus if stage >= 1 else 1),
     }
 
 
@@ -89,7 +95,7 @@ def memory_bytes(config: RunConfig, gpus: int, micro_batch: int) -> dict[str, fl
     parts = state_bytes(config, gpus) | buffer_bytes(config, gpus)
     activations = activation_bytes(
         star,
-        micro_batch * config.schedule.num_tokens,
+        micro_batch * config.training_schedule.num_tokens,
         bytes_per_value(config),
         config.train.activation_checkpointing,
     )
@@ -116,16 +122,21 @@ def largest_micro_batch(config: RunConfig, gpus: int, memory_gib: float) -> int 
 
 
 def recommended_zero_stage(config: RunConfig, gpus: int, memory_gib: float) -> int | None:
-    """The stage that communicates least of those where the run's micro-batch fits; of equals the one that needs least
-    memory, then the lowest. None if no stage fits."""
+    """The stage that communicates least of those where the run's micro-batch fits; of equals one below 3, where whole
+    blocks compile, and of those the one that needs least memory. None if no stage fits.
 
-    def costs(stage: int) -> tuple[float, float, int]:
+    On several GPUs not stage 0: once a step it sends a third less than stage 1, and every GPU then holds and updates
+    all optimizer states.
+    """
+
+    def costs(stage: int) -> tuple[float, bool, float, int]:
         run = config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": stage})})
         memory = sum(memory_bytes(run, gpus, config.train.micro_batch).values())
-        return communication_bytes(run, gpus), memory, stage
+        return communication_bytes(run, gpus), stage == 3, memory, stage
 
-    fitting = [cost for cost in map(costs, config.train.possible_zero_stages) if cost[1] <= usable_bytes(memory_gib)]
-    return min(fitting)[2] if fitting else None
+    stages = [stage for stage in config.train.possible_zero_stages if stage or gpus == 1]
+    fitting = [cost for cost in map(costs, stages) if cost[2] <= usable_bytes(memory_gib)]
+    return min(fitting)[3] if fitting else None
 
 
 def recommended_compile(zero_stage: int | None) -> str:
@@ -139,12 +150,14 @@ def recommended_compile(zero_stage: int | None) -> str:
 def communication_bytes(config: RunConfig, gpus: int) -> float:
     """Bytes that each GPU sends in one optimizer step (ring collectives move (n - 1) / n of a tensor).
 
-    Stage 0: gradients are all-reduced once. ZeRO-1 and 2: they are reduced and updated weights gathered once. ZeRO-3:
-    every micro-batch gathers the weights forwards and backwards and reduces the gradients.
+    Stage 0: gradients are all-reduced once. ZeRO-1: the same, as DeepSpeed 0.19 does where several ranks share a bucket
+    (`use_multi_rank_bucket_allreduce`), and updated weights are gathered; ZeRO-2 all-reduces in every micro-batch.
+    ZeRO-3: every micro-batch gathers the weights forwards and backwards and reduces the gradients. Stages 0 to 2 were
+    counted on two ranks.
     """
     size = parameter_count(config.star_config()) * bytes_per_value(config) * (gpus - 1) / gpus
     stage, rounds = config.train.zero_stage, config.accumulation_steps(gpus)
-    return size * {0: 2, 1: 2, 2: 1 + rounds, 3: 3 * rounds}[stage]
+    return size * {0: 2, 1: 3, 2: 1 + 2 * rounds, 3: 3 * rounds}[stage]
 
 
 def plan(
@@ -154,7 +167,7 @@ def plan(
     gpu = GPUS[gpu_name]
     star, schedule = config.star_config(), config.schedule
     memory = memory_bytes(config, gpus, config.train.micro_batch)
-    flops_per_picture = training_flops(star, schedule, config.text.max_tokens)
+    flops_per_picture = training_flops(star, config.training_schedule, config.text.max_tokens)
     step_flops = flops_per_picture * config.train.global_batch
     compute_s = step_flops / (gpus * gpu.peak_tflops * 1e12 * mfu)
     sent = communication_bytes(config, gpus)
@@ -168,6 +181,7 @@ def plan(
     return {
         "parameters": parameter_count(star),
         "tokens_per_picture": schedule.num_tokens,
+        "trained_tokens_per_picture": config.training_schedule.num_tokens,
         "visible_pairs_share": schedule.visible_pairs / schedule.num_tokens**2,
         "micro_batch": config.train.micro_batch,
         "accumulation_steps": config.accumulation_steps(gpus),

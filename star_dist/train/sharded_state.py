@@ -99,6 +99,19 @@ class ShardedState:
             return {parameter: parameter for parameter in self._engine.module.parameters()}
         return {p: master for group in zip(low, optimizer.fp32_groups) for p, master in zip(*group)}
 
+    @torch.no_grad()
+    def undo_first_update(self) -> None:
+        """DeepSpeed's optimizer of stage 0 in bf16 makes its states by an update with gradients of zero, which counts
+        as one and decays the weights: takes it back (`FP16_UnfusedOptimizer.initialize_optimizer_states`).
+        """
+        if self._stage > 0:
+            return
+        for parameter, master in self._whole_masters().items():
+            if master is not parameter:
+                master.copy_(parameter)
+                for value in self._adam.state[master].values():
+                    value.zero_()
+
     @property
     def _adam(self) -> torch.optim.AdamW:
         """What DeepSpeed's optimizers are wrapped around; it stands alone at stage 0 in fp32."""

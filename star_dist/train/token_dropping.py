@@ -21,17 +21,12 @@ DRAW = 2  # sets this draw apart from those of captions, which share (seed, step
 
 
 class TokenDropping:
-    """keep: share of the tokens of each of the last `scales` scales that stays, at least one of each.
+    """schedule: `full` with the lengths that are kept; all samples keep as many. device: of what `restore` takes."""
 
-    schedule: with the kept lengths; all samples keep as many. device: of the values that `restore` takes.
-    """
-
-    def __init__(self, full: ScaleSchedule, keep: float, scales: int, seed: int, device: torch.device) -> None:
-        first = len(full) - scales
-        kept = [n if k < first else max(1, round(keep * n)) for k, n in enumerate(full.lengths)]
-        self.full, self.seed = full, seed
-        self.schedule = ScaleSchedule(full.sides, tuple(kept))
-        self.weights_M = torch.tensor([n / m for n, m in zip(full.lengths, kept) for _ in range(m)], device=device)
+    def __init__(self, full: ScaleSchedule, schedule: ScaleSchedule, seed: int, device: torch.device) -> None:
+        self.full, self.schedule, self.seed = full, schedule, seed
+        lengths = zip(full.lengths, schedule.lengths)
+        self.weights_M = torch.tensor([n / m for n, m in lengths for _ in range(m)], device=device)
 
     def positions(self, sample_ids: Sequence[int], step: int) -> Tensor:
         """Positions of the kept tokens of each sample, ascending; (B, M) int64."""

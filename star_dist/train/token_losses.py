@@ -42,17 +42,14 @@ class TokenLosses:
         self.model = model
         self.quantizer = quantizer
         self.device = device
-        self.full_schedule = self.schedule = config.schedule
+        self.full_schedule, self.schedule = config.schedule, config.training_schedule
         self.seed = config.seed
         self.caption_dropout = config.train.caption_dropout
         self.text_encoder = None if config.data.text_features else text_encoder
         self.empty_caption = fetch_empty_caption(config.data)[0] if config.data.text_features else None
         self.dropping = None
-        if config.train.token_keep < 1:
-            self.dropping = TokenDropping(
-                config.schedule, config.train.token_keep, config.train.token_drop_scales, config.seed, device
-            )
-            self.schedule = self.dropping.schedule
+        if self.schedule != self.full_schedule:
+            self.dropping = TokenDropping(self.full_schedule, self.schedule, config.seed, device)
         self.weights_L = None
         if config.train.scale_loss_power:
             weights = scale_loss_weights(config.schedule, config.train.scale_loss_power)

@@ -20,6 +20,7 @@ from star_dist.train.planning import (
     communication_bytes,
     largest_micro_batch,
     memory_bytes,
+    plan,
     recommended_zero_stage,
     state_bytes,
     usable_bytes,
@@ -102,8 +103,29 @@ def test_zero_stages_share_what_they_share() -> None:
         state = state_bytes(config("d30.json", f"train.zero_stage={stage}"), 8)
         expected = [parameters * size / part for size, part in zip((2, 2, 12), parts)]
         assert list(state.values()) == pytest.approx(expected)
-    one, three = (communication_bytes(config("d30.json", f"train.zero_stage={stage}"), 64) for stage in (1, 3))
-    assert one == pytest.approx(2 * parameters * 2 * 63 / 64) and three == pytest.approx(1.5 * one)
+
+
+@pytest.mark.parametrize(("micro_batch", "counts"), [(16, (2, 3, 3, 3)), (8, (2, 3, 5, 6))])
+def test_communication_by_zero_stage(micro_batch: int, counts: tuple[int, ...]) -> None:
+    """In sizes of the weights that a step sends, of one and of two micro-batches; stages 0 to 2 as counted (gloo)."""
+    parameter_bytes = 2 * size.parameter_count(config("d30.json").star_config()) * 63 / 64
+    for stage, count in enumerate(counts):
+        run = config("d30.json", f"train.zero_stage={stage}", f"train.micro_batch={micro_batch}")
+        sent = communication_bytes(run, 64)
+        assert sent == pytest.approx(count * parameter_bytes), stage
+
+
+def test_what_is_not_on_the_gpu_is_not_counted() -> None:
+    whole, kept = config("d30_1024.json"), config("d30_1024.json", "train.token_keep=0.5")
+    share = kept.training_schedule.num_tokens / whole.schedule.num_tokens
+    assert share == pytest.approx(6251 / 9451)
+    reckoned, all_tokens = (memory_bytes(run, 8, 4)["activations"] for run in (kept, whole))
+    assert reckoned == pytest.approx(share * all_tokens, rel=0.01)
+    plans = [plan(run, 8, "h200", 8, 0.4, 1e8) for run in (kept, whole)]
+    assert plans[0]["flops_per_picture"] < 0.6 * plans[1]["flops_per_picture"]
+    assert plans[0]["storage_bytes_per_picture"] == plans[1]["storage_bytes_per_picture"]
+    offloaded = state_bytes(config("d30.json", "deepspeed.zero_optimization.offload_optimizer.device=cpu"), 8)
+    assert offloaded["optimizer"] == 0 < offloaded["parameters"]
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
@@ -116,7 +138,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
         assert all(used[n] > usable_bytes(memory_gib) for n in divisors if n > found)
 
 
-def test_the_recommended_zero_stage_communicates_least_of_those_that_fit() -> None:
+def test_the_recommended_zero_stage_communicates_little_and_fits() -> None:
     run = config("d30.json")
     for gpus, memory_gib, stage in ((1, 140, 0), (8, 140, 1), (64, 140, 2), (8, 39, 2), (8, 38, 3), (8, 34, None)):
         assert recommended_zero_stage(run, gpus, memory_gib) == stage, (gpus, memory_gib)
@@ -135,6 +157,8 @@ def test_the_command_prints_and_refuses() -> None:
     assert "none; recommended: blocks" in shown.stdout
     numbers = json.loads(run("--gpus", "64", "--json", "--pictures", "1e7").stdout)
     assert numbers["days"] == pytest.approx(1e7 / numbers["images_per_s"] / 86400)
+    refused = run("--gpus", "8", "--pictures", "nan")
+    assert refused.returncode == 2 and refused.stderr == "error: --pictures must be at least 1, got nan\n"
     refused = run("--gpus", "0")
     assert refused.returncode == 2 and refused.stderr == "error: --gpus must be at least 1, got 0\n"
     refused = run("--gpus", "7")

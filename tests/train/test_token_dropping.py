@@ -15,20 +15,20 @@ FULL = ScaleSchedule((1, 2, 3, 5))
 
 
 def test_positions_are_a_function_of_seed_step_and_sample() -> None:
-    dropping = TokenDropping(FULL, 0.4, 2, seed=1, device=CPU)
+    dropping = TokenDropping(FULL, FULL.keeping(0.4, 2), seed=1, device=CPU)
     assert dropping.schedule.lengths == (1, 4, 4, 10) and dropping.schedule.num_tokens == 19
     found = dropping.positions([7, 8, 7], step=3)
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
     assert torch.equal(dropping.positions([8], step=3)[0], found[1])
     assert not torch.equal(dropping.positions([7], step=4)[0], found[0])
-    assert not torch.equal(TokenDropping(FULL, 0.4, 2, seed=2, device=CPU).positions([7], 3)[0], found[0])
+    assert not torch.equal(TokenDropping(FULL, FULL.keeping(0.4, 2), seed=2, device=CPU).positions([7], 3)[0], found[0])
     for row in found:
         assert torch.equal(row, row.unique()) and row[:5].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_loss_is_unbiased() -> None:
     """The mean over many draws of the weighted sum of kept values is the sum of all of them."""
-    dropping = TokenDropping(FULL, 0.4, 2, seed=0, device=CPU)
+    dropping = TokenDropping(FULL, FULL.keeping(0.4, 2), seed=0, device=CPU)
     values_L = torch.arange(1.0, FULL.num_tokens + 1)
     positions = dropping.positions(range(4000), step=0)
     restored = dropping.restore(values_L[positions], positions)
@@ -60,8 +60,10 @@ def test_the_model_sees_kept_tokens_at_their_places_and_no_others(positions: str
         )
 
     everything = model(inputs.flatten(0, 1), text, pooled, layout=PackedLayout.uniform(FULL, 2, (3, 4)))
-    assert (logits(TokenDropping(FULL, 1.0, 2, 0, device=CPU), inputs).flatten(0, 1) - everything).abs().max() < 1e-5
-    dropping = TokenDropping(FULL, 0.4, 1, 0, device=CPU)
+    assert (
+        logits(TokenDropping(FULL, FULL.keeping(1.0, 2), 0, device=CPU), inputs).flatten(0, 1) - everything
+    ).abs().max() < 1e-5
+    dropping = TokenDropping(FULL, FULL.keeping(0.4, 1), 0, device=CPU)
     found = logits(dropping, inputs)
     earlier = FULL.ends[2]
     assert (found[:, :earlier] - everything.unflatten(0, (2, -1))[:, :earlier]).abs().max() < 1e-5
