@@ -3,12 +3,23 @@
 `python launcher/convert.py from-public --transformer star_d16.pth --tokenizer vae_ch160v4096z32.pth --resolution 256
 --out DIR` reads STAR's transformer and VAR's VQ-VAE (.pth files with weights_only, or .safetensors).
 `python launcher/convert.py to-public exports/d16 --out public/d16` writes star.pth, vae.pth and conversion.json, which
-says what the files do not: RoPE convention, scales, text encoder.
+says what the files do not: scales, RoPE, norm groups, text encoder. from-public reads it where it lies beside the
+transformer's file; nothing of it has to be given again then, and what is given must agree with it.
 """
 
 from star_dist.cli import command_parser, run_command
 from star_dist.errors import UserError
 from star_dist.scales import PUBLIC_SCALES, ScaleSchedule
+
+
+def sides(option: str, given: str | None) -> tuple[int, ...] | None:
+    """What an option that takes scales was given."""
+    if given is None:
+        return None
+    try:
+        return ScaleSchedule(tuple(int(part) for part in given.split(","))).sides
+    except ValueError as error:
+        raise UserError(f"{option} takes growing whole numbers from 1 on, got {given!r}: {error}") from None
 
 
 def main() -> None:
@@ -21,14 +32,16 @@ def main() -> None:
     size = ours.add_mutually_exclusive_group()
     size.add_argument("--resolution", type=int, choices=PUBLIC_SCALES, help="of a public model, in pixels: its scales")
     size.add_argument("--scales", metavar="1,2,…", help="sides of the token maps of any other model")
-    ours.add_argument(
-        "--rope-convention", choices=("public", "paper"), default="public", help="of the weights (default public)"
-    )
-    ours.add_argument("--norm-groups", type=int, default=32, help="of the VQ-VAE's GroupNorm (default 32)")
+    ours.add_argument("--tokenizer-scales", metavar="1,2,…", help="of the VQ-VAE's training, where they are others")
+    ours.add_argument("--rope-convention", choices=("public", "paper"), help="of the weights (default public)")
+    ours.add_argument("--rope-theta", type=float, help="of the weights (default 10000)")
+    ours.add_argument("--rope-extent", type=float, help="of the weights (default 64)")
+    ours.add_argument("--norm-groups", type=int, help="of the VQ-VAE's GroupNorm (default 32)")
     ours.add_argument("--text-encoder", metavar="ID", help="id or folder (default: Stable Diffusion 2.1's, as STAR)")
     ours.add_argument("--text-encoder-subfolder", metavar="NAME", help="the model in it (default text_encoder)")
     ours.add_argument("--text-tokenizer-subfolder", metavar="NAME", help="its tokenizer (default tokenizer)")
     ours.add_argument("--text-max-tokens", type=int, help="tokens of a prompt that are read (default 77)")
+    ours.add_argument("--text-pooling", choices=("auto", "pooler", "mean"), help="of a prompt's tokens (default auto)")
     ours.add_argument("--licence", metavar="ID", help="of the weights, as the hub names it, for the model card")
     public = ways.add_parser("to-public", help="an inference folder to public checkpoint files")
     public.add_argument("model", metavar="DIR", help="inference folder or Hugging Face id")
@@ -39,38 +52,39 @@ def main() -> None:
     import logging
     from pathlib import Path
 
-    from star_dist.config import TextSection, parse_config
+    from star_dist.config import parse_config
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if arguments.way == "from-public":
-        if arguments.norm_groups < 1:
-            raise UserError(f"--norm-groups must be positive, got {arguments.norm_groups}")
-        if arguments.resolution is None and arguments.scales is None:
-            raise UserError(
-                "the public models of 256 and 512 pixels both have ten scales: give --resolution or --scales"
-            )
-        given_scales = arguments.scales or ",".join(map(str, PUBLIC_SCALES[arguments.resolution]))
-        try:
-            scales = ScaleSchedule(tuple(int(part) for part in given_scales.split(","))).sides
-        except ValueError as error:
-            raise UserError(
-                f"--scales takes growing whole numbers from 1 on, got {arguments.scales!r}: {error}"
-            ) from None
-        given = {
+        text = {
             "encoder": arguments.text_encoder,
             "encoder_subfolder": arguments.text_encoder_subfolder,
             "tokenizer_subfolder": arguments.text_tokenizer_subfolder,
             "max_tokens": arguments.text_max_tokens,
+            "pooling": arguments.text_pooling,
         }
-        text = parse_config(TextSection, {key: value for key, value in given.items() if value is not None}, "--text-…")
+        options = {
+            "scales": PUBLIC_SCALES.get(arguments.resolution) or sides("--scales", arguments.scales),
+            "tokenizer_scales": sides("--tokenizer-scales", arguments.tokenizer_scales),
+            "rope_convention": arguments.rope_convention,
+            "rope_theta": arguments.rope_theta,
+            "rope_extent": arguments.rope_extent,
+            "norm_groups": arguments.norm_groups,
+            "text": {key: value for key, value in text.items() if value is not None},
+        }
         from star_dist.conversion import from_public
+        from star_dist.public_layout import Untold
 
+        given = parse_config(
+            Untold, {key: value for key, value in options.items() if value is not None}, "options of from-public"
+        )
         files = Path(arguments.transformer), Path(arguments.tokenizer)
-        convention, groups = arguments.rope_convention, arguments.norm_groups
-        config = from_public(*files, Path(arguments.out), scales, convention, text, arguments.licence, groups)
+        config = from_public(*files, Path(arguments.out), given, arguments.licence)
+        model = config.model
         print(
-            f"{arguments.out}: depth {config.model.depth}, width {config.model.width}, {config.resolution} pixels, "
-            f"scales {list(scales)}, RoPE convention {convention}, {config.dtype}, text encoder {config.text.encoder}"
+            f"{arguments.out}: depth {model.depth}, width {model.width}, {config.resolution} pixels, scales "
+            f"{list(model.scales)}, RoPE convention {model.rope_convention}, theta {model.rope_theta:g}, extent "
+            f"{model.rope_extent:g}, {config.dtype}, text encoder {config.text.encoder}"
         )
         return
     from star_dist.conversion import to_public

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from star_dist.config import TextSection
+from star_dist.config import parse_config
 from star_dist.errors import UserError
 from star_dist.export import (
+    TEXT_ENCODER_FOLDER,
     ExportConfig,
     fetch_inference_folder,
     load_export_tokenizer,
@@ -26,14 +28,12 @@ from star_dist.export import (
     load_public_extras,
     write_inference_folder,
 )
-from star_dist.files import write_text_atomically
-from star_dist.model.config import RopeConvention
+from star_dist.files import read_json_object, write_text_atomically
 from star_dist.model.star import STAR
 from star_dist.model_card import ModelFacts
 from star_dist.public_layout import (
     CLASS_EMBEDDING,
-    PUBLIC_NORM_GROUPS,
-    PUBLIC_ROPE,
+    Untold,
     check_weights,
     infer_star_config,
     infer_tokenizer_config,
@@ -47,29 +47,31 @@ EXACT_IN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 TRANSFORMER_FILE = "star"
 TOKENIZER_FILE = "vae"
 RECORD_FILE = "conversion.json"
+COPIED_TEXT_ENCODER = f"./{TEXT_ENCODER_FOLDER}"  # in a record: the folder beside it, which no Hugging Face id can be
 
 
 def from_public(
-    transformer: Path,
-    tokenizer: Path,
-    out: Path,
-    scales: tuple[int, ...],
-    rope_convention: RopeConvention,
-    text: TextSection,
-    licence: str | None = None,
-    norm_groups: int = PUBLIC_NORM_GROUPS,
+    transformer: Path, tokenizer: Path, out: Path, given: Untold, licence: str | None = None
 ) -> ExportConfig:
     """Writes the inference folder of public checkpoint files (.pth or .safetensors); returns what its config says.
 
-    Sizes are read off the tensors. What they do not tell: scales, rope_convention, and norm_groups of the tokenizer.
-    text: the encoder; its width is set to what the transformer takes. bf16 weights stay bf16; others are stored in
-    fp32, which holds fp16 exactly.
+    Sizes are read off the tensors. What they do not tell is `given`, or stands in the record of `to_public` beside the
+    transformer. The text encoder's width is set to what the transformer takes. bf16 weights stay bf16; others are
+    stored in fp32, which holds fp16 exactly.
 
     Raises:
-        UserError: files that are damaged or hold something else, or scales for another number of levels.
+        UserError: files that are damaged or hold something else, scales for another number of levels, or a record
+            that says otherwise than `given`.
     """
+    record = transformer.parent / RECORD_FILE
+    untold = _with_record(given, record)
+    if not untold.scales:
+        raise UserError(
+            f"there is no {record} that tells the scales, and the public models of 256 and 512 pixels both have ten "
+            f"scales: give --resolution or --scales"
+        )
     weights = read_weights(transformer)
-    config = infer_star_config(weights, scales, rope_convention, str(transformer))
+    config = infer_star_config(weights, untold, str(transformer))
     with torch.device("meta"):
         model = STAR(config)
     kept = check_weights(weights, model, str(transformer))
@@ -78,17 +80,23 @@ def from_public(
     if foreign:
         raise UserError(f"{transformer} holds {', '.join(foreign)}; weights are stored in bf16 or fp32")
     tokenizer_weights = read_weights(tokenizer)
-    tokenizer_config = infer_tokenizer_config(tokenizer_weights, scales, norm_groups, str(tokenizer))
+    tokenizer_config = infer_tokenizer_config(tokenizer_weights, untold, str(tokenizer))
     for name in ("vocab_size", "code_dim"):
         ours, theirs = getattr(config, name), getattr(tokenizer_config, name)
         if ours != theirs:
             raise UserError(f"{transformer} has {name} {ours}, {tokenizer} has {theirs}; they are not of one model")
     vqvae = build_tokenizer(tokenizer_config, tokenizer_weights, str(tokenizer))
+    found = tokenizer_hash(vqvae)
+    if untold.tokenizer_hash not in (None, found):
+        raise UserError(
+            f"{record} is of a model with tokenizer {untold.tokenizer_hash}, {tokenizer} has {found}; take the files "
+            f"that were written with it, or move it away and give the options"
+        )
     export = ExportConfig(
         model=config,
-        text=text.model_copy(update={"width": config.text_width}),
-        tokenizer_hash=tokenizer_hash(vqvae),
-        resolution=ScaleSchedule(scales).resolution(tokenizer_config.downsampling),
+        text=untold.text.model_copy(update={"width": config.text_width}),
+        tokenizer_hash=found,
+        resolution=ScaleSchedule(config.scales).resolution(tokenizer_config.downsampling),
         dtype="bf16" if dtypes == {torch.bfloat16} else "fp32",
         run_name=transformer.stem,
         step=0,
@@ -106,6 +114,8 @@ def from_public(
 def to_public(source: str | Path, out: Path, kind: Literal["pth", "safetensors"]) -> dict[str, Any]:
     """Writes `star`, `vae` and a record of what the files do not say into a new folder; returns the record.
 
+    A text encoder that the inference folder has a copy of is copied too.
+
     Raises:
         UserError: no inference folder, one that the public code cannot express, or an `out` that is not empty.
     """
@@ -120,26 +130,60 @@ def to_public(source: str | Path, out: Path, kind: Literal["pth", "safetensors"]
     out.mkdir(parents=True, exist_ok=True)
     _write(public, out / f"{TRANSFORMER_FILE}.{kind}")
     _write(tokenizer.state_dict(), out / f"{TOKENIZER_FILE}.{kind}")
-    groups = tokenizer.config.norm_groups
-    differs = {
-        "rope_convention": (config.model.rope_convention, PUBLIC_ROPE),
-        "norm_groups": (groups, PUBLIC_NORM_GROUPS),
-    }
+    text = config.text
+    if (folder / TEXT_ENCODER_FOLDER).is_dir():
+        shutil.copytree(folder / TEXT_ENCODER_FOLDER, out / TEXT_ENCODER_FOLDER)
+        text = text.model_copy(update={"encoder": COPIED_TEXT_ENCODER})
+    untold = Untold(
+        scales=config.model.scales,
+        tokenizer_scales=tokenizer.config.scales,
+        rope_convention=config.model.rope_convention,
+        rope_theta=config.model.rope_theta,
+        rope_extent=config.model.rope_extent,
+        norm_groups=tokenizer.config.norm_groups,
+        text=text,
+        tokenizer_hash=config.tokenizer_hash,
+    )
     record = {
-        "public_code_must_change": {name: ours for name, (ours, public) in differs.items() if ours != public},
-        "rope_convention": config.model.rope_convention,
-        "rope_theta": config.model.rope_theta,
-        "rope_extent": config.model.rope_extent,
-        "norm_groups": groups,
-        "scales": list(config.model.scales),
+        "public_code_must_change": untold.public_code_must_change(),
+        **untold.model_dump(mode="json"),
         "resolution": config.resolution,
-        "text": config.text.model_dump(mode="json"),
-        "tokenizer_hash": config.tokenizer_hash,
         "class_embedding": "as converted" if extras else "zeros; no computation uses it",
         "source": {"run_name": config.run_name, "step": config.step},
     }
     write_text_atomically(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _with_record(given: Untold, path: Path) -> Untold:
+    """What the record of `to_public` says, where there is one, and what was given where it says nothing.
+
+    Raises:
+        UserError: the two contradict each other, or the record is damaged.
+    """
+    if not path.is_file():
+        return given
+    values = read_json_object(path, f"{path} does not exist")
+    recorded = parse_config(Untold, {name: values[name] for name in Untold.model_fields if name in values}, str(path))
+    unrecorded = given.model_fields_set - recorded.model_fields_set
+    untold = recorded.model_copy(update={name: getattr(given, name) for name in unrecorded})
+    for prefix, typed, result in (("", given, untold), ("text.", given.text, untold.text)):
+        for name in sorted(typed.model_fields_set - {"text"}):
+            ours, theirs = getattr(typed, name), getattr(result, name)
+            if ours != theirs:
+                raise UserError(
+                    f"{path} says that {prefix}{name} is {theirs}, the options say {ours}; leave it out of the "
+                    f"options, or change the file"
+                )
+    if untold.text.encoder == COPIED_TEXT_ENCODER:
+        folder = path.parent / TEXT_ENCODER_FOLDER
+        if not folder.is_dir():
+            raise UserError(
+                f"{path} says that the text encoder lies beside it, but {folder} is no folder; put it there, or "
+                f"change text.encoder in the file"
+            )
+        untold = untold.model_copy(update={"text": untold.text.model_copy(update={"encoder": str(folder)})})
+    return untold
 
 
 def _write(weights: Mapping[str, Tensor], path: Path) -> None:

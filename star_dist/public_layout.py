@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from star_dist.config import Section, TextSection
+from star_dist.config.base import Positive
 from star_dist.errors import UserError
 from star_dist.model.config import RopeConvention, StarConfig
 from star_dist.model.star import STAR
-from star_dist.scales import PUBLIC_SCALES
+from star_dist.scales import PUBLIC_SCALES, ScaleSchedule
 from star_dist.tokenizer.config import VQVAEConfig
 from star_dist.weights import check_names_and_shapes
 
@@ -24,9 +28,47 @@ logger = logging.getLogger(__name__)
 
 CLASS_EMBEDDING = "class_emb.weight"
 PUBLIC_CLASSES = 1001
-PUBLIC_NORM_GROUPS = 32
-PUBLIC_ROPE: RopeConvention = "public"
 ZERO_BUFFER = "zero_k_bias"
+
+
+class Untold(Section):
+    """What the files of a public checkpoint do not tell; the defaults are the public models'.
+
+    scales: empty where they are not known. tokenizer_scales: those it was trained with; empty takes the public ten
+    where the file has statistics of ten scales, else `scales`. tokenizer_hash: of the tokenizer that the transformer
+    was trained with, null where it is not known.
+
+    Raises:
+        ValueError: scales that do not start with 1 or do not grow.
+    """
+
+    scales: tuple[Positive, ...] = ()
+    tokenizer_scales: tuple[Positive, ...] = ()
+    rope_convention: RopeConvention = "public"
+    rope_theta: float = Field(10000.0, gt=0, allow_inf_nan=False)
+    rope_extent: float = Field(64.0, gt=0, allow_inf_nan=False)
+    norm_groups: Positive = 32
+    text: TextSection = TextSection()
+    tokenizer_hash: str | None = None
+
+    @model_validator(mode="after")
+    def _scales_are_schedules(self) -> Untold:
+        for scales in (self.scales, self.tokenizer_scales):
+            if scales:
+                ScaleSchedule(scales)
+        return self
+
+    def public_code_must_change(self) -> dict[str, Any]:
+        """What the public code has as constants, where the model has it otherwise.
+
+        The scales are an argument there, but one for the transformer and the tokenizer together.
+        """
+        public = Untold()
+        constants = ("rope_convention", "rope_theta", "rope_extent", "norm_groups")
+        changes = {name: getattr(self, name) for name in constants if getattr(self, name) != getattr(public, name)}
+        if len(self.tokenizer_scales) != len(self.scales):
+            changes["tokenizer_scales"] = list(self.tokenizer_scales)
+        return changes
 
 
 def check_weights(weights: dict[str, Tensor], model: STAR, source: str) -> dict[str, Tensor]:
@@ -76,10 +118,8 @@ def public_weights(
     return public
 
 
-def infer_star_config(
-    weights: Mapping[str, Tensor], scales: tuple[int, ...], rope_convention: RopeConvention, source: str
-) -> StarConfig:
-    """The architecture that the shapes of a public transformer tell; `scales` and RoPE cannot be seen in them.
+def infer_star_config(weights: Mapping[str, Tensor], untold: Untold, source: str) -> StarConfig:
+    """The architecture of a public transformer: what its shapes tell, and scales and RoPE from `untold`.
 
     Raises:
         UserError: no such transformer, or one with another number of levels than there are scales.
@@ -87,9 +127,10 @@ def infer_star_config(
     what = "no STAR transformer of the public layout"
     width, code_dim = _shape(weights, "word_embed.weight", 2, source, what)
     levels = _shape(weights, "lvl_embed.weight", 2, source, what)[0]
+    scales = untold.scales
     if levels != len(scales):
         raise UserError(
-            f"{source} has {levels} levels, --scales has {len(scales)}: {list(scales)}; give {levels} sides"
+            f"{source} has {levels} levels, there are {len(scales)} scales: {list(scales)}; give {levels} sides"
         )
     layers = [
         int(name.split(".")[1]) for name in weights if name.startswith("blocks.") and name.split(".")[1].isdigit()
@@ -104,21 +145,19 @@ def infer_star_config(
             vocab_size=_shape(weights, "head_logits.weight", 2, source, what)[0],
             code_dim=code_dim,
             text_width=_shape(weights, "encoder_proj.weight", 2, source, what)[1],
-            rope_convention=rope_convention,
+            rope_convention=untold.rope_convention,
+            rope_theta=untold.rope_theta,
+            rope_extent=untold.rope_extent,
         )
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"{source} is {what}: {error}") from None
 
 
-def infer_tokenizer_config(
-    weights: Mapping[str, Tensor], scales: tuple[int, ...], norm_groups: int, source: str
-) -> VQVAEConfig:
-    """The architecture that the shapes of a public tokenizer tell; `norm_groups` cannot be seen in them.
-
-    scales: of the model; taken for a tokenizer whose statistics are not of the public ten scales.
+def infer_tokenizer_config(weights: Mapping[str, Tensor], untold: Untold, source: str) -> VQVAEConfig:
+    """The architecture of a public tokenizer: what its shapes tell, and scales and norm groups from `untold`.
 
     Raises:
-        UserError: no such tokenizer.
+        UserError: no such tokenizer, or one with statistics of another number of scales.
     """
     what = "no multi-scale VQ-VAE of the public layout"
     channels = _shape(weights, "encoder.conv_in.weight", 4, source, what)[0]
@@ -127,6 +166,12 @@ def infer_tokenizer_config(
     widths = [_shape(weights, f"encoder.down.{i}.block.0.conv2.weight", 4, source, what)[0] for i in range(levels)]
     rows = _shape(weights, "quantize.ema_vocab_hit_SV", 2, source, what)[0]
     public = PUBLIC_SCALES[256]
+    scales = untold.tokenizer_scales or (public if rows == len(public) else untold.scales)
+    if rows != len(scales):
+        raise UserError(
+            f"{source} has statistics of {rows} scales, not of the {len(scales)} {list(scales)}; give the {rows} sides "
+            f"that it was trained with as --tokenizer-scales"
+        )
     try:
         return VQVAEConfig(
             vocab_size=vocab_size,
@@ -134,9 +179,9 @@ def infer_tokenizer_config(
             channels=channels,
             channel_multipliers=tuple(width // channels for width in widths),
             blocks_per_level=_count(weights, "encoder.down.0.block.{}.norm1.weight"),
-            norm_groups=norm_groups,
+            norm_groups=untold.norm_groups,
             num_phi=_count(weights, "quantize.quant_resi.qresi_ls.{}.weight"),
-            scales=public if rows == len(public) else scales,
+            scales=scales,
         )
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"{source} is {what}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from collections.abc import Callable
@@ -15,10 +16,18 @@ from safetensors.torch import load_file, save_file
 from star_dist.config import RunConfig, TextSection
 from star_dist.conversion import from_public, to_public
 from star_dist.errors import UserError
-from star_dist.export import ExportConfig, initial_weights_from, load_model, read_export_config
+from star_dist.export import (
+    ExportConfig,
+    initial_weights_from,
+    load_export_tokenizer,
+    load_model,
+    read_export_config,
+    write_inference_folder,
+)
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.model.config import StarConfig
 from star_dist.public_layout import (
+    Untold,
     check_weights,
     infer_star_config,
     infer_tokenizer_config,
@@ -26,7 +35,9 @@ from star_dist.public_layout import (
 )
 from star_dist.scales import PUBLIC_SCALES
 from star_dist.weights import read_weights
+from tests.ranks import run_script
 
+ROOT = Path(__file__).parents[2]
 SCALES = (1, 2, 3, 4)
 Weights = dict[str, torch.Tensor]
 
@@ -55,7 +66,7 @@ def public(golden_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def convert(public: tuple[Path, Path], out: Path, text: TextSection, scales: tuple[int, ...] = SCALES) -> ExportConfig:
-    return from_public(*public, out, scales, "public", text, None)
+    return from_public(*public, out, Untold(scales=scales, text=text))
 
 
 def same(left: Weights, right: Weights) -> bool:
@@ -90,7 +101,7 @@ def test_round_trip_of_the_published_d16(golden_dir: Path) -> None:
     """All 274M numbers of it, in memory."""
     layout = json.loads((golden_dir / "star_official_layout.json").read_text())["16"]
     weights = random_weights(layout)
-    config = infer_star_config(weights, PUBLIC_SCALES[256], "public", "file")
+    config = infer_star_config(weights, Untold(scales=PUBLIC_SCALES[256]), "file")
     assert config == StarConfig(depth=16, scales=PUBLIC_SCALES[256], rope_convention="public")
     from star_dist.model.star import STAR
 
@@ -107,34 +118,155 @@ def test_sizes_of_the_published_tokenizer_are_found(golden_dir: Path) -> None:
     layout = json.loads((golden_dir / "vqvae_official_layout.json").read_text())
     weights = {name: torch.empty(shape, device="meta") for name, shape in layout.items()}
     for scales in PUBLIC_SCALES.values():
-        assert infer_tokenizer_config(weights, scales, 32, "file") == VQVAEConfig()
+        assert infer_tokenizer_config(weights, Untold(scales=scales), "file") == VQVAEConfig()
 
 
-def test_ours_to_public_and_back(tmp_path: Path, inference_folder: Path, text: TextSection) -> None:
+def test_ours_to_public_and_back(tmp_path: Path, inference_folder: Path) -> None:
     """A model trained here has no class embedding: the public layout gets zeros for it."""
     record = to_public(inference_folder, tmp_path / "public", "pth")
     assert record["public_code_must_change"] == {"rope_convention": "paper", "norm_groups": 4}
     files = tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth"
     assert not read_weights(files[0])["class_emb.weight"].any()
-    from_public(*files, tmp_path / "again", SCALES, "paper", text, "mit", 4)
+    from_public(*files, tmp_path / "again", Untold(), "mit")
     _, before = load_model(inference_folder)
     config, after = load_model(tmp_path / "again")
     assert same(dict(before.named_parameters()), dict(after.named_parameters()))
     assert config.tokenizer_hash == read_export_config(inference_folder).tokenizer_hash
     assert config.facts.licence == "mit" and "license: mit" in (tmp_path / "again" / "README.md").read_text()
+    drawn = [
+        StarPipeline.from_pretrained(folder, "cpu")("red heart", 5)[0].tobytes()
+        for folder in (inference_folder, tmp_path / "again")
+    ]  # by the copied text encoder
+    assert drawn[0] == drawn[1]
     with pytest.raises(UserError, match="exists and is not empty; choose another --out"):
         to_public(inference_folder, tmp_path / "public", "pth")
 
 
-def test_a_pipeline_saves_what_only_the_public_layout_has(
-    tmp_path: Path, inference_folder: Path, text: TextSection
+def other_folder(inference_folder: Path, out: Path, scales: tuple[int, ...], **rope: float) -> ExportConfig:
+    """The inference folder with other scales and rotations, and with a text encoder that is named and not copied."""
+    config, model = load_model(inference_folder)
+    weights = dict(model.named_parameters())
+    nearest = [level * len(SCALES) // len(scales) for level in range(len(scales))]
+    weights["lvl_embed.weight"] = weights["lvl_embed.weight"][nearest]
+    other = config.model_copy(
+        update={
+            "model": dataclasses.replace(config.model, scales=scales, **rope),
+            "text": TextSection(encoder="someone/else", width=16, max_tokens=9, pooling="mean"),
+            "resolution": 4 * scales[-1],
+        }
+    )
+    write_inference_folder(out, weights, other, load_export_tokenizer(inference_folder, config))
+    return other
+
+
+@pytest.mark.parametrize(
+    ("scales", "rope", "changes"),
+    [
+        (SCALES, {"rope_theta": 100.0, "rope_extent": 32.0}, {"rope_theta": 100.0, "rope_extent": 32.0}),
+        ((1, 2, 3, 4, 6, 8), {}, {"tokenizer_scales": [1, 2, 3, 4]}),
+    ],
+    ids=["rope", "scales"],
+)
+def test_what_the_files_do_not_tell_comes_back(
+    tmp_path: Path, inference_folder: Path, scales: tuple[int, ...], rope: dict[str, float], changes: dict[str, object]
 ) -> None:
+    """Bit for bit, from the record alone."""
+    before = other_folder(inference_folder, tmp_path / "model", scales, **rope)
+    record = to_public(tmp_path / "model", tmp_path / "public", "safetensors")
+    assert record["public_code_must_change"] == {"rope_convention": "paper", "norm_groups": 4} | changes
+    files = tmp_path / "public" / "star.safetensors", tmp_path / "public" / "vae.safetensors"
+    from_public(*files, tmp_path / "again", Untold())
+    after = read_export_config(tmp_path / "again")
+    origin = ("run_name", "step", "facts")
+    assert after.model_dump(exclude=set(origin)) == before.model_dump(exclude=set(origin))
+    assert after.model == before.model and after.text == before.text
+    for file in ("model.safetensors", "tokenizer/model.safetensors"):
+        assert same(load_file(tmp_path / "again" / file), load_file(tmp_path / "model" / file))
+    tokenizers = [(tmp_path / folder / "tokenizer" / "config.json").read_text() for folder in ("again", "model")]
+    assert tokenizers[0] == tokenizers[1]
+    to_public(tmp_path / "again", tmp_path / "public again", "safetensors")
+    for file in files:
+        assert same(load_file(tmp_path / "public again" / file.name), load_file(file))
+
+
+def test_options_and_the_record_must_agree(tmp_path: Path, inference_folder: Path, text: TextSection) -> None:
+    other_folder(inference_folder, tmp_path / "model", SCALES, rope_theta=100.0)
+    to_public(tmp_path / "model", tmp_path / "public", "pth")
+    files = tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth"
+    agreeing = Untold(scales=SCALES, rope_theta=100.0, text=TextSection(max_tokens=9))
+    assert from_public(*files, tmp_path / "again", agreeing).text.encoder == "someone/else"
+    for given, said in [
+        (Untold(rope_theta=10000.0), r"rope_theta is 100\.0, the options say 10000\.0"),
+        (Untold(scales=(1, 2, 3, 5)), r"scales is \(1, 2, 3, 4\), the options say \(1, 2, 3, 5\)"),
+        (Untold(text=TextSection(pooling="pooler")), r"text\.pooling is mean, the options say pooler"),
+    ]:
+        with pytest.raises(UserError, match=rf"conversion\.json says that {said}; leave it out") as error:
+            from_public(*files, tmp_path / "refused", given)
+        assert "\n" not in str(error.value)
+    record = tmp_path / "public" / "conversion.json"
+    values = json.loads(record.read_text())
+    for change, said in [
+        ({"tokenizer_hash": "another"}, r"is of a model with tokenizer another, .*vae\.pth has \w{16}"),
+        ({"scales": [2, 1]}, r"conversion\.json: scales must start with 1"),
+        ({"rope_theta": "high"}, r"conversion\.json: rope_theta: .* got \"high\""),
+        ({"text": {"encoder": "./text_encoder"}}, r"says that the text encoder lies beside it, but .* is no folder"),
+    ]:
+        record.write_text(json.dumps(values | change))
+        with pytest.raises(UserError, match=said) as error:
+            from_public(*files, tmp_path / "refused", Untold())
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_without_a_record_nothing_is_guessed(tmp_path: Path, inference_folder: Path) -> None:
+    scales, rope = (1, 2, 3, 4, 6, 8), {"rope_theta": 100.0, "rope_extent": 32.0}
+    before = other_folder(inference_folder, tmp_path / "model", scales, **rope)
+    to_public(tmp_path / "model", tmp_path / "public", "pth")
+    (tmp_path / "public" / "conversion.json").unlink()
+    files = tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth"
+    with pytest.raises(UserError, match="both have ten scales: give --resolution or --scales"):
+        from_public(*files, tmp_path / "again", Untold())
+    given = {"scales": scales, "rope_convention": "paper", "norm_groups": 4, "text": before.text} | rope
+    said = (
+        r"has statistics of 4 scales, not of the 6 .*; give the 4 sides that it was trained with as --tokenizer-scales"
+    )
+    with pytest.raises(UserError, match=said) as error:
+        from_public(*files, tmp_path / "again", Untold(**given))
+    assert "\n" not in str(error.value) and not (tmp_path / "again").exists()
+    after = from_public(*files, tmp_path / "again", Untold(tokenizer_scales=SCALES, **given))
+    assert after.model == before.model and after.tokenizer_hash == before.tokenizer_hash
+
+
+def test_options_of_the_command(tmp_path: Path, inference_folder: Path) -> None:
+    other_folder(inference_folder, tmp_path / "model", SCALES, rope_theta=100.0, rope_extent=32.0)
+    to_public(tmp_path / "model", tmp_path / "public", "pth")
+    (tmp_path / "public" / "conversion.json").rename(tmp_path / "record")
+    command = ["from-public", "--out", str(tmp_path / "again")]
+    command += ["--transformer", str(tmp_path / "public" / "star.pth")]
+    command += ["--tokenizer", str(tmp_path / "public" / "vae.pth")]
+    options = ["--scales", "1,2,3,4", "--tokenizer-scales", "1,2,3,4", "--rope-convention", "paper"]
+    options += ["--rope-theta", "100", "--rope-extent", "32", "--norm-groups", "4"]
+    options += ["--text-encoder", "someone/else", "--text-max-tokens", "9", "--text-pooling", "mean"]
+    result = run_script(ROOT / "launcher/convert.py", *command, *options)
+    assert result.returncode == 0 and "theta 100, extent 32" in result.stdout, result.stderr
+    before, after = (read_export_config(tmp_path / folder) for folder in ("model", "again"))
+    assert (after.model, after.text) == (before.model, before.text)
+    (tmp_path / "record").rename(tmp_path / "public" / "conversion.json")
+    result = run_script(ROOT / "launcher/convert.py", *command, *options)
+    assert result.returncode == 0, result.stderr
+    result = run_script(ROOT / "launcher/convert.py", *command, "--rope-extent", "64")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "rope_extent is 32.0, the options say 64.0" in errors[0]
+
+
+def test_a_pipeline_saves_what_only_the_public_layout_has(tmp_path: Path, inference_folder: Path) -> None:
     to_public(inference_folder, tmp_path / "public", "pth")
     files = tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth"
     weights = read_weights(files[0])
     weights["class_emb.weight"] = torch.randn(weights["class_emb.weight"].shape)
     torch.save(weights, files[0])
-    from_public(*files, tmp_path / "model", SCALES, "paper", text, None, 4)
+    from_public(*files, tmp_path / "model", Untold())
     StarPipeline.from_pretrained(tmp_path / "model", "cpu").save_pretrained(tmp_path / "saved")
     to_public(tmp_path / "saved", tmp_path / "back", "pth")
     assert same(read_weights(tmp_path / "back" / "star.pth"), weights)
@@ -142,11 +274,11 @@ def test_a_pipeline_saves_what_only_the_public_layout_has(
 
 
 def test_training_goes_on_from_a_converted_model(
-    tmp_path: Path, inference_folder: Path, text: TextSection, run_config: Callable[..., RunConfig]
+    tmp_path: Path, inference_folder: Path, run_config: Callable[..., RunConfig]
 ) -> None:
     to_public(inference_folder, tmp_path / "public", "safetensors")
     files = tmp_path / "public" / "star.safetensors", tmp_path / "public" / "vae.safetensors"
-    config = from_public(*files, tmp_path / "again", SCALES, "paper", text, None, 4)
+    config = from_public(*files, tmp_path / "again", Untold())
     wider = run_config(scales=[1, 2, 3, 4, 6, 8], resolution=32)
     found = initial_weights_from(tmp_path / "again", wider, config.tokenizer_hash)
     assert same(found, initial_weights_from(inference_folder, wider, config.tokenizer_hash))
@@ -220,7 +352,7 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(
 def test_scales_and_tokenizers_of_another_model_are_refused(
     public: tuple[Path, Path], tmp_path: Path, text: TextSection
 ) -> None:
-    with pytest.raises(UserError, match=r"has 4 levels, --scales has 5: \[1, 2, 3, 4, 5\]; give 4 sides"):
+    with pytest.raises(UserError, match=r"has 4 levels, there are 5 scales: \[1, 2, 3, 4, 5\]; give 4 sides"):
         convert(public, tmp_path / "model", text, (1, 2, 3, 4, 5))
     tokenizer = read_weights(public[1])
     tokenizer["quantize.embedding.weight"] = torch.zeros(65, 8)
