@@ -29,7 +29,7 @@ from tqdm import tqdm
 from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
 from star_dist.model.attention import PackedAttention, choose_kernel
-from star_dist.model.block_functions import compiled_functions
+from star_dist.model.block_functions import PLAIN, compiled_functions
 from star_dist.model.kernels.base import Kernel, KernelUnavailable, TextAttention
 from star_dist.model.kernels.flash import (
     GATHERED_TOKENS,
@@ -96,13 +96,14 @@ class Problem:
 
 def kernels(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Kernel, FlashLibrary | None]]:
     """Every kernel of this machine: name, kernel, the library whose unmasked attention it is held against."""
+    on_gpu = device.type == "cuda"
+    sums = (compiled_functions() if on_gpu else PLAIN).sum_prefixes  # the same for all kernels
     yield "dense mask", DenseMaskKernel(), None
-    yield "sdpa", SdpaKernel(), None
-    if device.type != "cuda":
+    yield "sdpa", SdpaKernel(sums), None
+    if not on_gpu:
         yield "flex", choose_kernel("flex", device, dtype, training=False), None
         return
     generation = torch.cuda.get_device_capability(device)[0]
-    sums = compiled_functions().sum_prefixes
     for library in libraries(generation):
         for way, gathered in (("per scale", 0), ("leading gathered", GATHERED_TOKENS), ("gathered", 10**9)):
             yield f"{library.name}, {way}", FlashKernel(library, gathered, sums), library

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1", help="pictures drawn together, separated by commas (default 1)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="timed drawings, of which the median counts (default 5)")
-    parser.add_argument("--compile", action="store_true", help="as star-dist sample --compile draws")
+    parser.add_argument("--compile", action="store_true", help="as launcher/sample.py --compile draws")
     parser.add_argument("--no-graphs", action="store_true", help="on a GPU: operation by operation, not as CUDA graphs")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive sampler out")
     parser.add_argument("--no-decode", action="store_true", help="leave the VQ-VAE decoder out")

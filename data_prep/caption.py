@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--partition", default="0/1", metavar="i/N", help="do share i of N, counted from 0")
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one per CPU)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from data_prep.partition import Partition
     from star_dist.config import CaptionConfig, load_config

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from data_prep.sources import SourceBase, SourceItem, Unit, open_source, open_un
 from data_prep.work import named_if_full, unfinished_work, work_root
 from star_dist.config import CaptionConfig
 from star_dist.data.pictures import UnreadablePicture, decode_picture
+from star_dist.device import find_device
 from star_dist.errors import UserError
 from star_dist.object_store import ObjectStore, open_store
 
@@ -57,7 +57,7 @@ def caption(
         groups = groupby(units, key=lambda unit: source.caption_file(unit, partition.name))
         missing = [(file, list(members)) for file, members in groups if not store.exists(file)]
         if missing:
-            device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+            device = find_device(device_name)
             captioner = Captioner(config, device)
             names = [unit for _, members in missing for unit in members]
             opened = open_units(source, names)

@@ -40,6 +40,7 @@ from data_prep.work import TEMPORARY, named_if_full, unfinished_work, work_root
 from star_dist.config import PrepConfig, ResolutionSection
 from star_dist.data.pictures import normalize
 from star_dist.data.schema import DatasetMetadata, columns, encode_captions, encode_tokens
+from star_dist.device import find_device
 from star_dist.errors import UserError
 from star_dist.object_store import ObjectStore
 from star_dist.text import TextEncoder
@@ -72,7 +73,7 @@ def tokenize_partition(
     """
     store = output_store(config)
     work_root(config.output, config.work)  # a mistake in it shows before the models are loaded
-    device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(device_name)
     tokenizer = load_tokenizer(Path(config.tokenizer))
     _check_resolutions(config, tokenizer.config.downsampling)
     hash_of_tokenizer = tokenizer_hash(tokenizer)

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--partition", metavar="i/N", help="do share i of N, counted from 0 (default: all, and merge)")
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one per CPU)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from data_prep.partition import Partition
     from star_dist.config import PrepConfig, load_config

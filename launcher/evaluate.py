@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="optimizer step of the checkpoint (default: the newest)")
     parser.add_argument("--num-samples", type=int, help="held-out pictures (default: validation.num_samples)")
     parser.add_argument("--out", metavar="FILE", help="JSON file to write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     import json
     from pathlib import Path

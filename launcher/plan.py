@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=float, metavar="N", help="to train on (default: all of train.steps)")
     parser.add_argument("--dataset", type=float, default=10e6, metavar="N", help="pictures to store (default 1e7)")
     parser.add_argument("--json", action="store_true", help="print the numbers for a script")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from star_dist.config import RunConfig, load_config
     from star_dist.errors import UserError

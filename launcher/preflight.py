@@ -16,7 +16,7 @@ def main() -> None:
     add_config_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="write the findings as JSON, too")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher, not by people")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     import json
     from pathlib import Path

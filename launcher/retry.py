@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--max-failures", type=int, default=3, metavar="N", help="attempts without progress (default 3)"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.exit_code is None and not arguments.check:
         parser.error("one of --exit-code and --check is required")
 

@@ -18,7 +18,7 @@ def main() -> None:
     add_seed_argument(parser)
     parser.add_argument("--batch", type=int, default=8, help="pictures drawn together (default 8)")
     add_sampling_arguments(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from pathlib import Path
 

@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print config, parameters, FLOPs, memory and exit")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that --dry-run reckons with (default 1)")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher, not by people")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from star_dist.config import RunConfig, load_config
     from star_dist.errors import UserError

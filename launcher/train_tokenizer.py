@@ -11,7 +11,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     add_config_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher, not by people")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from star_dist.config import TokenizerTrainConfig, load_config
     from star_dist.process import prepare_process_environment

@@ -22,7 +22,9 @@ OTHER_RANKS_WAIT_S = 10
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command's `main` and exits: 0, 2 or 69 with `error: …` on stderr for a UserError, or as asked."""
+    """Runs a command's `main` and exits: 0, 2 or 69 with `error: …` on stderr for a UserError, 1 for a file that cannot
+    be read or written, or as asked.
+    """
     try:
         main()
     except UserError as error:
@@ -36,6 +38,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":
             print(ended, file=sys.stderr, flush=True)
         sys.exit(ended.exit_code)
+    except OSError as error:
+        if error.filename is None or "RANK" in os.environ:  # of a training people want to know where it was
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED_EXIT)

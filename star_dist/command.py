@@ -57,7 +57,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "starlette"):
             raise
-        raise UserError(f"{error.name} is not installed; pip install 'star-dist[serve]'") from None
+        raise UserError(f"{error.name} is not installed; pip install -e '.[serve]' in its checkout") from None
     serve(partial(load_pipeline, arguments), arguments.host, arguments.port, limits, _is_loopback(arguments.host))
 
 

@@ -16,6 +16,15 @@ from typing import IO, Any
 from star_dist.errors import UserError
 
 
+def sync_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, would be there after a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_json_object(path: Path, absent: str) -> dict[str, Any]:
     """The JSON object of a file that one of our commands wrote.
 

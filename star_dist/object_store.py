@@ -8,7 +8,9 @@ a key.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import time
 import uuid
@@ -25,11 +27,12 @@ S3_SCHEME = "s3://"
 ENDPOINT_VARIABLE = "S3_ENDPOINT_URL"
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
-ATTEMPTS = 8  # with growing pauses, about a minute of a store that answers 503
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 20.0  # between attempts at a body; the longest is the client's own
+ATTEMPTS = 8  # the client's pauses are random up to 1, 2, 4, … 64 s: a minute on average, two at most
+FIRST_PAUSE_S = 0.5  # between attempts at a body; each next one is twice as long, a minute in all
 CONNECTIONS = 64
 DELETED_AT_ONCE = 1000  # the most that S3 takes in one request
 UNFINISHED_FOLDER = ".unfinished"  # inside a local store, so that whatever a kill leaves is in one place
+BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:aws[A-Za-z0-9:._-]+")  # what the client takes
 
 KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 REFUSALS = {
@@ -46,6 +49,11 @@ REFUSALS = {
 }
 BUSY_CODES = frozenset({"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "InternalError"})
 ABSENT_CODES = frozenset({"NoSuchKey", "404", "NotFound"})
+# What the store says of one object alone: the number that a local file would give, and the reason.
+OBJECT_FAULTS = {
+    "KeyTooLongError": (errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)),
+    "InvalidObjectState": (errno.EACCES, "archived by the store"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,11 +64,19 @@ class StoredObject:
     num_bytes: int
 
 
+class RefusedObject(OSError, UserError):
+    """The store refuses one object for itself; `errno` and `strerror` say why, as those of a local file do."""
+
+    def __str__(self) -> str:
+        return f"the store refuses {self.filename}: {self.strerror}; restore it, or take it out"
+
+
 class ObjectStore(Protocol):
     """Objects under a URL, by name. Threads may share one; processes forked from its owner may use it too.
 
     A name that does not exist is a FileNotFoundError; whatever else goes wrong with S3, after retries, is a UserError:
-    Unreachable where the store or the network may be well again later.
+    Unreachable where the store or the network may be well again later, RefusedObject where this object alone is at
+    fault.
     An object appears complete or not at all.
     """
 
@@ -107,7 +123,7 @@ def open_store(url: str | os.PathLike[str], *, endpoint: str | None = None, regi
     """The store at a local folder or `s3://bucket/prefix`; contacts nothing yet.
 
     Raises:
-        UserError: another scheme, or no bucket in the URL.
+        UserError: another scheme, or no bucket in the URL or one that cannot be.
     """
     url = os.fspath(url)
     if is_s3(url):
@@ -185,9 +201,16 @@ class S3Store:
 
     def __init__(self, url: str, endpoint: str | None = None, region: str | None = None) -> None:
         self.url = url.rstrip("/")
-        self.bucket, _, prefix = self.url.removeprefix(S3_SCHEME).partition("/")
+        self.bucket, _, prefix = url.removeprefix(S3_SCHEME).rstrip("/").partition("/")
         if not self.bucket:
             raise UserError(f"{url!r} names no bucket; give s3://bucket/prefix")
+        if not BUCKET.fullmatch(self.bucket):
+            if "@" in url:  # of keys before the bucket; a secret may hold slashes, and is not shown
+                raise UserError(f"an S3 URL holds a user name or password; give s3://bucket/prefix, and keys as {KEYS}")
+            raise UserError(
+                f"{url!r} names bucket {self.bucket!r}, which must be letters, digits, dots, hyphens and underscores; "
+                f"give s3://bucket/prefix, and a host and port as endpoint ({ENDPOINT_VARIABLE})"
+            )
         self.prefix = f"{prefix}/" if prefix else ""
         self.endpoint = endpoint or os.environ.get(ENDPOINT_VARIABLE)
         if self.endpoint is not None:
@@ -269,15 +292,17 @@ class S3Store:
         """This process's client: connections must not be shared with a process that was forked.
 
         Raises:
-            UserError: an AWS profile or endpoint that cannot be used.
+            UserError: an AWS profile or endpoint that cannot be used, or a profile that gives no credentials.
         """
         if self._client is None or self._client[0] != os.getpid():
             import botocore.exceptions
             from boto3.session import Session
             from botocore.config import Config
 
+            # The modes "standard" and "adaptive" share one quota of retries among all threads, which a store that
+            # answers 500 or 503 uses up in a second; "legacy" has none, and pauses that grow without a limit.
             options = Config(
-                retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+                retries={"mode": "legacy", "total_max_attempts": ATTEMPTS},
                 connect_timeout=CONNECT_TIMEOUT_S,
                 read_timeout=READ_TIMEOUT_S,
                 max_pool_connections=CONNECTIONS,
@@ -285,7 +310,7 @@ class S3Store:
             try:
                 client = Session(region_name=self.region).client("s3", endpoint_url=self.endpoint, config=options)
             except (botocore.exceptions.BotoCoreError, ValueError) as error:
-                raise UserError(f"cannot use S3 for {self.url}: {error}") from None
+                raise UserError(f"cannot use S3 for {self.url}: {_settings_fault(error) or error}") from None
             self._client = os.getpid(), client
         return self._client[1]
 
@@ -307,7 +332,7 @@ class S3Store:
             ):
                 if attempt == ATTEMPTS:
                     raise
-                time.sleep(min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S))
+                time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
         raise AssertionError("unreachable")
 
     @contextlib.contextmanager
@@ -329,8 +354,8 @@ class S3Store:
         where = f"{self.url}/{name}"
         at = f" (endpoint {self.endpoint})" if self.endpoint else ""
         kind = UserError
-        if isinstance(error, broken.NoCredentialsError | broken.PartialCredentialsError):
-            reason = f"there are no AWS credentials; set {KEYS}"
+        if fault := _settings_fault(error):
+            reason = fault
         elif isinstance(error, broken.EndpointConnectionError | broken.ConnectTimeoutError):
             kind = Unreachable
             reason = f"the store cannot be reached; check the endpoint ({ENDPOINT_VARIABLE}) and the network"
@@ -338,6 +363,8 @@ class S3Store:
             code = str(error.response.get("Error", {}).get("Code", "unknown"))
             if code in ABSENT_CODES:
                 raise FileNotFoundError(2, os.strerror(2), where) from None
+            if code in OBJECT_FAULTS:
+                raise RefusedObject(*OBJECT_FAULTS[code], where) from None
             reason = f"{REFUSALS[code]} ({code})" if code in REFUSALS else f"the store answered {code}"
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             kind = Unreachable if status >= 500 or code in BUSY_CODES else UserError
@@ -345,3 +372,21 @@ class S3Store:
             kind = Unreachable
             reason = f"{type(error).__name__} after {ATTEMPTS} attempts; try again when the store answers"
         raise kind(f"cannot {action} {where}{at}: {reason}") from None
+
+
+def _settings_fault(error: BaseException) -> str | None:
+    """What to change where the client refuses to ask the store at all; None for every other error."""
+    import botocore.exceptions as broken
+
+    if isinstance(error, broken.NoCredentialsError | broken.PartialCredentialsError):
+        return f"there are no AWS credentials; set {KEYS}"
+    kind = type(error).__name__
+    if isinstance(error, broken.SSOError | broken.TokenRetrievalError | broken.LoginError):
+        return f"the session of the AWS profile has ended ({kind}); log in again (aws sso login, or aws login)"
+    if isinstance(error, broken.CredentialRetrievalError):
+        return f"the AWS profile gives no credentials ({kind}); check its role or credential_process, or set {KEYS}"
+    if isinstance(error, broken.NoRegionError | broken.InvalidRegionError):
+        return f"there is no region, or none of that name ({kind}); set AWS_DEFAULT_REGION"
+    if isinstance(error, broken.ParamValidationError):
+        return f"the client refuses the request ({' '.join(str(error).split())}); change the URL"
+    return None

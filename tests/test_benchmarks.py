@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,14 @@ from statistics import median
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.measure import peak_bytes
 from star_dist.config import RunConfig, dump_config
+from star_dist.model.block_functions import compiled_functions
+from star_dist.model.kernels.flash import FlashLibrary
+from star_dist.model.kernels.sdpa import scaled_dot_product
+from star_dist.scales import ScaleSchedule
 from tests.ranks import run_script
 from tests.s3 import S3Bucket
 
@@ -38,6 +45,30 @@ def test_attention(tmp_path: Path) -> None:
     rows = results("attention", tmp_path / "out.json", "--quick")["attention"]
     assert {row["kernel"] for row in rows} >= {"dense mask", "sdpa"}
     assert all(row["forward_ms"] > 0 and row["forward_speedup"] > 0 for row in rows)
+
+
+def test_every_kernel_of_a_gpu_adds_up_gradients_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    attention = importlib.import_module("attention")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    library = FlashLibrary("a library", scaled_dot_product, scaled_dot_product)
+    monkeypatch.setattr(attention, "LIBRARIES", [lambda generation: library])
+    found = {name: kernel for name, kernel, _ in attention.kernels(torch.device("cuda"), torch.bfloat16)}
+    compiled = compiled_functions().sum_prefixes
+    names = [name for name, kernel in found.items() if getattr(kernel, "sum_prefixes", None) is compiled]
+    assert names == ["sdpa", "a library, per scale", "a library, leading gathered", "a library, gathered"]
+
+
+def test_the_mask_counts_as_memory_of_a_dense_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    train_step = importlib.import_module("train_step")
+    schedule, cpu = ScaleSchedule((1, 2, 4, 8)), torch.device("cpu")
+    case = train_step.Case(1, 128, schedule, 1, torch.float32, "none", "none", 1)
+    step = train_step.build_step(train_step.DenseStar, case, cpu)
+    step()
+    warm = peak_bytes(step, cpu)
+    found = train_step.facts_of_step(step, case, cpu, 1e12, [1.0])["peak_gib"] * 2**30
+    assert found - warm == pytest.approx(4 * schedule.num_tokens**2, rel=0.01)
 
 
 def test_train_step_against_dense_with_a_profile(tmp_path: Path) -> None:

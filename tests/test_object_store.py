@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import botocore.exceptions
 import pytest
 
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from star_dist.object_store import ObjectStore, check_access, open_store
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3 import SECRET_KEY, S3Bucket
@@ -67,6 +71,7 @@ def test_names_under_a_prefix_are_that_prefix_s_alone(s3: S3Bucket) -> None:
 def test_refusals_say_what_to_change_and_hold_no_secret(
     s3: S3Bucket, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str | None], said: str
 ) -> None:
+    monkeypatch.setattr("star_dist.object_store.ATTEMPTS", 2)  # a dead endpoint would take more than a minute
     for name, value in environment.items():
         if value is None:
             monkeypatch.delenv(name)
@@ -87,8 +92,18 @@ def test_wrong_places_are_named(s3: S3Bucket, tmp_path: Path) -> None:
         check_access(str(tmp_path / "absent"))
     with pytest.raises(UserError, match="has scheme 'gs'; give a local path or s3://"):
         open_store("gs://bucket")
-    with pytest.raises(UserError, match="names no bucket"):
-        open_store("s3:///x")
+    for url in ("s3://", "s3:///x"):
+        with pytest.raises(UserError, match="names no bucket"):
+            open_store(url)
+    for bucket in ("My Bucket", "bucket:8080"):
+        with pytest.raises(UserError, match=rf"names bucket '{bucket}', which must be letters, digits.*; give s3://"):
+            open_store(f"s3://{bucket}/x")
+    for url in ("s3://AKIA:wrong-secret@bucket/x", "s3://AKIA:wrong/secret@bucket/x", "s3://AKIA@bucket"):
+        with pytest.raises(UserError, match="an S3 URL holds a user name or password") as raised:
+            open_store(url)
+        assert "AKIA" not in str(raised.value) and "wrong" not in str(raised.value)
+    for url in ("s3://Old_bucket.of-1/a@b", "s3://arn:aws:s3:us-east-1:123456789012:accesspoint:name/x"):
+        assert open_store(url).url == url
     (tmp_path / "file").write_bytes(bytes(20_000_000))  # goes up in parts
     for name in ("file", "small"):
         (tmp_path / "small").write_bytes(b"x")
@@ -106,6 +121,75 @@ def test_passing_faults_are_survived(s3: S3Bucket, s3_faults: FaultProxy, fault:
     store.download("x", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == b"x" * 100_000
     assert s3_faults.hits == {fault: 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [500, 503])
+def test_many_threads_survive_a_store_that_is_down_for_seconds(
+    s3: S3Bucket, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """Without a word in the answer, which the client takes for a short fault; SlowDown makes it wait longer."""
+    refused = []
+    well_again = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if well_again.is_set() else status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            if not well_again.is_set():
+                refused.append(self.path)
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, ThreadPoolExecutor(16) as pool:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        store = open_store(s3.url)
+        assert store.client  # one for all threads
+        threading.Timer(2, well_again.set).start()
+        reads = [pool.submit(store.read, "x") for _ in range(16)]
+        try:
+            assert [read.result() for read in reads] == [b""] * 16
+        finally:
+            server.shutdown()
+    assert len(refused) >= 16
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            botocore.exceptions.UnauthorizedSSOTokenError(),
+            r"\(UnauthorizedSSOTokenError\); log in again \(aws sso login",
+        ),
+        (botocore.exceptions.SSOTokenLoadError(error_msg="x"), "log in again"),
+        (
+            botocore.exceptions.CredentialRetrievalError(provider="custom-process", error_msg="x\nwrong-secret"),
+            "the AWS profile gives no credentials .*; check its role or credential_process",
+        ),
+        (botocore.exceptions.NoRegionError(), "set AWS_DEFAULT_REGION"),
+        (botocore.exceptions.ParamValidationError(report="a\nb"), r"refuses the request \(.* a b\); change the URL"),
+    ],
+)
+@pytest.mark.parametrize("when", ["the client is made", "a request is made"])
+def test_settings_that_keep_the_client_from_asking_are_mistakes_of_the_user(
+    s3: S3Bucket, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str, when: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    store = open_store(s3.url)
+    if when == "the client is made":
+        monkeypatch.setattr("boto3.session.Session.client", fail)
+    else:
+        monkeypatch.setattr(store.client, "get_object", fail)
+    with pytest.raises(UserError, match=said) as raised:
+        store.read("x")
+    text = str(raised.value)
+    assert not isinstance(raised.value, Unreachable)
+    assert "\n" not in text and "attempts" not in text and "wrong-secret" not in text
 
 
 def test_linked_folders_are_listed_and_circles_named(tmp_path: Path) -> None:

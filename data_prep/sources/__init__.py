@@ -60,7 +60,8 @@ class Description:
     """What a source says of a picture. captions: by name; absent ones are left out. scores: of the asked-for columns.
 
     problem: why the item cannot be used, where the source has found that already; counted as a reason of rejection.
-    has_picture: False where the problem is that there is no picture, or not one alone; otherwise it is the captions'.
+    has_picture: False where the problem is that there is no picture, not one alone, or none that has a name; otherwise
+    it is the captions'.
     """
 
     captions: Mapping[str, str] = field(default_factory=dict)
@@ -236,7 +237,7 @@ class FileSource(SourceBase):
                     self.store.download(unit, Path(folder) / "unit")
                     yield Path(folder) / "unit"
         except OSError as error:
-            if error.errno in FULL_DISK:
+            if error.errno in FULL_DISK or isinstance(error, UserError):  # UserError: S3 refuses this file
                 raise
             place = f"{self.options.path}/{unit}"
             raise UserError(f"cannot read {place}: {error.strerror or error}; run the same command again") from None

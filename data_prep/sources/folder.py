@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import PurePosixPath
@@ -136,6 +137,7 @@ def _read_jsonl(listing: tuple[str, str]) -> Rows:
 
 def _read_csv(listing: tuple[str, str]) -> Rows:
     text, place = listing
+    csv.field_size_limit(sys.maxsize)  # a caption that is too long is its picture's fault alone, as in JSONL
     reader = csv.DictReader(io.StringIO(text), strict=True)
     rows: Rows = {}
     try:

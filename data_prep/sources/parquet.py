@@ -19,7 +19,10 @@ ROWS_AT_ONCE = 64  # pictures held in memory
 
 
 class ParquetOptions(FileOptions):
-    """image_column: the pictures. key_column: a column that is unique in the whole source; null counts rows."""
+    """image_column: the pictures. key_column: a column that is unique in the whole source; null counts rows.
+
+    A row that has nothing in its key_column is left out.
+    """
 
     image_column: str = "image"
     key_column: str | None = None
@@ -85,7 +88,8 @@ class _ParquetFile:
         row = 0
         try:
             for fields in self._rows():
-                key = self._row_key(row) if key_column is None else str(fields[key_column])
+                value = fields[key_column] if key_column is not None else None
+                key = self._row_key(row) if value is None else str(value)
                 picture = fields.pop(self.source.options.image_column)
                 yield SourceItem(key, partial(self._describe, key, picture, fields), partial(self._read, picture))
                 row += 1
@@ -135,6 +139,9 @@ class _ParquetFile:
     def _describe(self, key: str, picture: Any, fields: dict[str, Any]) -> Description:
         if picture is None or (isinstance(picture, dict) and not (picture.get("bytes") or picture.get("path"))):
             return Description(problem="no picture in the row", has_picture=False)
+        key_column = self.source.options.key_column
+        if key_column is not None and fields.get(key_column) is None:
+            return Description(problem="no key in the row", has_picture=False)
         recaptions = {name: texts[key] for name, texts in self.recaptions.items() if key in texts}
         return self.source.description(fields, recaptions)
 

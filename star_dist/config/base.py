@@ -51,9 +51,11 @@ def load_config(kind: type[AnyConfig], path: str | os.PathLike[str], overrides: 
         ConfigError: no such file, no JSON, an unknown key, a wrong type, or values that do not fit together.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read config {path}: byte {error.start} is no UTF-8; save it as UTF-8") from None
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:

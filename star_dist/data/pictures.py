@@ -9,15 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from star_dist.errors import UserError
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"})
-
-
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+UPRIGHT = {  # what undoes each orientation of EXIF but 1
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class UnreadablePicture(ValueError):
@@ -48,7 +55,8 @@ def decode_picture(data: bytes, check_size: Callable[[int, int], None] | None = 
         check_size(*image.size)
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        if (turn := UPRIGHT.get(_orientation(image))) is not None:
+            image = image.transpose(turn)
         if image.mode.startswith(("I", "F")):
             image = _eight_bits(image)
         if image.has_transparency_data:
@@ -59,6 +67,17 @@ def decode_picture(data: bytes, check_size: Callable[[int, int], None] | None = 
         raise
     except Exception as error:  # Pillow's decoders raise anything for damaged files
         raise UnreadablePicture(_damage(error)) from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation in EXIF, or in XMP where EXIF has none; 1, which is upright, where neither can be read.
+
+    `ImageOps.exif_transpose` would also write all other tags anew, and fails at one that is odd.
+    """
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises anything for a block that is no EXIF; the picture itself is whole
+        return 1
 
 
 def _damage(error: Exception) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from star_dist.data.pictures import to_pil
+from star_dist.device import find_device
 from star_dist.errors import UserError
 from star_dist.export import (
     DTYPES,
@@ -39,20 +40,6 @@ from star_dist.tokenizer.pixels import PixelDecoder
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 
 DEFAULT_OPTIONS = SamplingOptions()
-
-
-def find_device(name: str | torch.device | None) -> torch.device:
-    """The device of a name; null is a GPU if there is one.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"there is no device {name or 'cuda'}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 @dataclass(frozen=True)

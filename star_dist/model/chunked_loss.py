@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from star_dist.model.float32_products import float32_precision
 from star_dist.model.size import LOSS_CHUNK_TOKENS
 
 
@@ -62,12 +63,8 @@ def fast_float32_products(stored: torch.dtype, device: torch.device) -> Iterator
     if stored != torch.bfloat16 or device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with float32_precision("tf32", torch.backends.cuda.matmul):
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _chunks(tokens: int) -> list[slice]:

@@ -18,7 +18,7 @@ class StarConfig:
     (section 4.3).
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or a head whose channels are no multiple of 8.
     """
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}
@@ -45,10 +45,10 @@ class StarConfig:
             object.__setattr__(self, "heads", self.depth)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide into heads {self.heads}; change one of them")
-        if self.positions == "rope" and self.head_dim % 4:
+        if self.head_dim % 8:  # FlashAttention's condition; RoPE, which rotates pairs on two axes, needs 4
             raise ValueError(
-                f"width {self.width} / heads {self.heads} gives {self.head_dim} channels a head; two-dimensional RoPE "
-                f"rotates pairs on two axes and needs a multiple of 4"
+                f"width {self.width} / heads {self.heads} gives {self.head_dim} channels a head, attention needs a "
+                f"multiple of 8; change one of them"
             )
 
     @property

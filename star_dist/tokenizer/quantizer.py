@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from star_dist.model.float32_products import float32_precision
 from star_dist.scales import ScaleSchedule
 from star_dist.tokenizer.config import VQVAEConfig
 
@@ -171,8 +172,10 @@ def scale_tokens(tokens_BL: Tensor, scale: int, schedule: ScaleSchedule) -> Tens
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Convolutions in float32 proper: no autocast, and on a GPU no TF32, which cuDNN would use by default."""
-    cudnn = torch.backends.cudnn
-    flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-    with torch.autocast(device.type, enabled=False), cudnn.flags(**flags, allow_tf32=False):
+    """Products and convolutions in float32 proper: no autocast, and neither TF32, which cuDNN would use by default and
+    cuBLAS where the process allows it, nor the bf16 that oneDNN takes on a CPU if it may.
+    """
+    cuda = torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    cpu = torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul
+    with torch.autocast(device.type, enabled=False), float32_precision("ieee", *cuda, *cpu):
         yield

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from star_dist.files import free_bytes
+from star_dist.files import free_bytes, sync_to_disk
 from star_dist.object_store import S3Store
 
 
@@ -73,9 +73,9 @@ class LocalPlace:
         partial = path.with_name(f"{name}.partial")
         yield partial
         partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
-        _sync(partial)
+        sync_to_disk(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync_to_disk(path.parent)
 
     @contextlib.contextmanager
     def reading(self, folder: str, name: str) -> Iterator[Path]:
@@ -83,7 +83,7 @@ class LocalPlace:
 
     def create(self, folder: str) -> None:
         (self.root / folder).mkdir(parents=True)
-        _sync(self.root)
+        sync_to_disk(self.root)
 
     def remove(self, folder: str, first: str) -> None:
         (self.root / folder / first).unlink(missing_ok=True)
@@ -166,11 +166,3 @@ class S3Place:
         name = f"write-check-{uuid.uuid4().hex[:12]}"
         self._store.write(name, b"preflight")
         self._store.delete([name])
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

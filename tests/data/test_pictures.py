@@ -1,8 +1,9 @@
 import io
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from star_dist.data.pictures import UnreadablePicture, crop_and_resize, decode_picture, normalize, to_pil, to_tensor
 
@@ -59,6 +60,31 @@ def test_exif_rotation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the picture lies on its side
     assert decode_picture(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_every_orientation_is_turned_as_pillow_does(orientation: int, format: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 5, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(pixels), format, exif=exif, lossless=True)
+    assert np.array_equal(decode_picture(data), ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+
+
+def test_rotation_in_xmp_is_applied() -> None:
+    xmp = b'<rdf:Description tiff:Orientation="6"/>'
+    assert decode_picture(encoded(Image.new("RGB", (8, 4)), "JPEG", xmp=xmp)).size == (4, 8)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_odd_exif_is_no_reason_to_reject_a_picture(format: str) -> None:
+    rotated = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    odd_width = struct.pack("<HHI4s", 0x0100, 2, 4, b"abc")  # text where a number should be
+    tags = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + odd_width + rotated + bytes(4)
+    picture = Image.new("RGB", (8, 4))
+    assert decode_picture(encoded(picture, format, exif=tags)).size == (4, 8)
+    assert decode_picture(encoded(picture, format, exif=b"this is no TIFF")).size == (8, 4)
 
 
 def test_the_first_frame_of_an_animation() -> None:

@@ -156,6 +156,7 @@ def test_access_mistakes_are_one_message_before_training(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "")
+    monkeypatch.setattr("star_dist.object_store.ATTEMPTS", 2)
     data = {name: value.format(bucket=s3.url) for name, value in data.items()}
     with pytest.raises(UserError, match=said) as error:
         fetch_metadata(on_s3(data=data).data)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from data_prep.preparation import prepare
 from data_prep.recaptions import caption_line
@@ -62,6 +63,16 @@ def test_a_table_of_captions_with_scores_and_other_captions(tmp_path: Path) -> N
         {"short": "b", "detailed": ""},
     ]
     assert [description.scores for description in descriptions] == [{"aesthetic": 6.5}, {"reward": 0.001}]
+
+
+@pytest.mark.parametrize("listing", ["captions.jsonl", "captions.csv"])
+def test_a_caption_of_any_length_is_its_pictures_fault_alone(tmp_path: Path, prep_values: dict, listing: str) -> None:
+    caption = "x" * 200_000
+    line = json.dumps({"file": "a.png", "caption": caption})
+    (tmp_path / listing).write_text(f"file,caption\na.png,{caption}\n" if listing.endswith(".csv") else line)
+    (item,) = all_items(folder_source(tmp_path))
+    config = parse_config(PrepConfig, prep_values | {"output": "unused"})
+    assert prepare(item, config, ("original",)).reason == "caption too long"
 
 
 def test_files_beside_the_pictures(tmp_path: Path) -> None:
@@ -131,6 +142,33 @@ def test_caption_files_that_go_or_hide_after_they_were_found(tmp_path: Path, pre
         "gone.png": "unreadable caption file: No such file or directory",
         "good.png": "not a picture",
     }
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("KeyTooLongError", "unreadable file: File name too long"),
+        ("InvalidObjectState", "unreadable file: archived by the store"),
+    ],
+)
+def test_what_s3_refuses_of_one_object_is_that_pictures_fault_alone(
+    s3: S3Bucket, monkeypatch: pytest.MonkeyPatch, prep_values: dict, code: str, reason: str
+) -> None:
+    s3.write("captions.jsonl", b'{"file": "a.png", "caption": "x"}')
+    source = folder_source(s3.url)
+
+    def refuse(**_: Any) -> None:
+        raise ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": 400}}, "GetObject")
+
+    monkeypatch.setattr(source.store.client, "get_object", refuse)
+    (item,) = all_items(source)
+    config = parse_config(PrepConfig, prep_values | {"output": "unused"})
+    assert prepare(item, config, ("original",)).reason == reason
+    with pytest.raises(UserError, match=rf"the store refuses {s3.url}/a\.png: .*; restore it, or take it out"):
+        item.read()
+    code = "AccessDenied"
+    with pytest.raises(UserError, match="the credentials may not do this"):
+        prepare(item, config, ("original",))
 
 
 def test_a_missing_file_shows_when_it_is_read(tmp_path: Path) -> None:

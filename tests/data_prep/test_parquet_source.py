@@ -8,11 +8,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from botocore.exceptions import ClientError
 
 from data_prep.preparation import prepare
 from data_prep.sources import open_source
 from star_dist.config import PrepConfig, parse_config
 from star_dist.errors import UserError
+from tests.s3 import S3Bucket
 
 PICTURES = [
     {"bytes": b"picture 0", "path": "0.png"},
@@ -63,6 +65,17 @@ def test_plain_bytes_and_a_column_of_keys(tmp_path: Path) -> None:
     source = open_source({"kind": "parquet", "path": str(tmp_path)} | options)
     items = list(source.open("a.parquet"))
     assert [(item.key, item.read()) for item in items] == [("17", b"1"), ("18", b"2")]
+
+
+def test_rows_without_a_key_are_left_out_one_by_one(tmp_path: Path, prep_values: dict) -> None:
+    write(tmp_path / "a.parquet", image=[b"1", b"2", b"3"], caption=[*"abc"], id=["x", None, None])
+    items = list(open_source({"kind": "parquet", "path": str(tmp_path), "key_column": "id"}).open("a.parquet"))
+    config = parse_config(PrepConfig, prep_values | {"output": "unused"})
+    assert {item.key: prepare(item, config, ("original",)).reason for item in items} == {
+        "x": "not a picture",
+        "a.parquet/00000001": "no key in the row",
+        "a.parquet/00000002": "no key in the row",
+    }
 
 
 def test_text_that_is_no_text_is_its_rows_fault_alone(tmp_path: Path, prep_values: dict) -> None:
@@ -122,3 +135,17 @@ def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
         open_source({"kind": "parquet", "path": str(folder), "captions": {"original": "text"}}).open(
             "data/train-1.parquet"
         )
+
+
+def test_a_file_that_s3_has_archived_is_named(folder: Path, s3: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.upload(folder)
+    source = open_source({"kind": "parquet", "path": s3.url, "captions": {"original": "text"}})
+
+    def refuse(*_: object) -> None:
+        raise ClientError({"Error": {"Code": "InvalidObjectState"}}, "GetObject")
+
+    monkeypatch.setattr(source.store.client, "download_file", refuse)
+    with pytest.raises(
+        UserError, match=r"the store refuses s3://.*/train-0\.parquet: archived by the store; restore it"
+    ):
+        source.open("data/train-0.parquet")

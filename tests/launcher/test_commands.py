@@ -133,6 +133,11 @@ def test_help_answers_at_once(command: list[str]) -> None:
             ["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--device", "abacus"],
             "there is no device abacus",
         ),
+        (["launcher/plan.py", "seed=1", "--gpus", "7", "--config", "configs/d30.json"], "x 7 ranks"),
+        (
+            ["launcher/train.py", "--config", "docs/demo_samples.png"],
+            "cannot read config docs/demo_samples.png: byte 0",
+        ),
         (["launcher/status.py", "absent"], "absent is no run folder"),
         (["launcher/evaluate.py", "absent"], "absent is neither a run folder nor an export"),
         (["launcher/submit.py", "configs/d30.json", "--nodes", "0"], "--nodes must be positive, got 0"),
@@ -147,6 +152,10 @@ def test_help_answers_at_once(command: list[str]) -> None:
         (
             ["-m", "data_prep.tokenize", "--config", "configs/prep/demo.json", "tokenizer=/absent"],
             "no tokenizer at /absent",
+        ),
+        (
+            ["-m", "data_prep.tokenize", "--config", "configs/prep/demo.json", "--device", "abacus"],
+            "there is no device abacus",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

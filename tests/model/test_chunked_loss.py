@@ -66,7 +66,7 @@ def test_all_products_of_the_head_are_of_that_precision(monkeypatch: pytest.Monk
 
     def noted(name: str) -> Callable[..., torch.Tensor]:
         def product(*arguments: object, **options: object) -> torch.Tensor:
-            seen.append((name, torch.get_float32_matmul_precision()))
+            seen.append((name, torch.backends.cuda.matmul.fp32_precision))
             return products[name](*arguments, **options)
 
         return product
@@ -79,16 +79,19 @@ def test_all_products_of_the_head_are_of_that_precision(monkeypatch: pytest.Monk
     head, x = Head(4, 8).bfloat16(), torch.randn(3, 4, requires_grad=True)
     head(x)
     head(x, torch.zeros(3, dtype=torch.long))[0].sum().backward()
-    assert seen == [("linear", "high"), ("addmm", "high"), ("addmm", "high"), ("mm", "high")]
+    assert seen == [("linear", "tf32"), ("addmm", "tf32"), ("addmm", "tf32"), ("mm", "tf32")]
 
 
 def test_float32_products_are_tf32_only_with_bf16_weights_on_a_gpu() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    assert before != "tf32"
     for dtype, device, precision in (
-        (torch.bfloat16, cuda, "high"),
-        (torch.float32, cuda, "highest"),
-        (torch.bfloat16, cpu, "highest"),
+        (torch.bfloat16, cuda, "tf32"),
+        (torch.float32, cuda, before),
+        (torch.bfloat16, cpu, before),
     ):
         with fast_float32_products(dtype, device):
-            assert torch.get_float32_matmul_precision() == precision
-        assert torch.get_float32_matmul_precision() == "highest"
+            assert products.fp32_precision == precision
+        assert products.fp32_precision == before

@@ -250,6 +250,13 @@ def test_the_papers_ablations(switch: dict) -> None:
     assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_heads_that_flash_attention_does_not_take_are_refused(positions: str) -> None:
+    with pytest.raises(ValueError, match=r"width 48 / heads 4 gives 12 channels a head, .* a multiple of 8; change"):
+        StarConfig(depth=2, width=48, heads=4, scales=SCHEDULE.sides, positions=positions)
+    assert StarConfig(depth=2, width=48, heads=6, scales=SCHEDULE.sides, positions=positions).head_dim == 8
+
+
 def test_loss_starts_at_the_uniform_one() -> None:
     model = STAR(TINY)
     initialize_weights(model, seed=1)

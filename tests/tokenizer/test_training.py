@@ -186,22 +186,27 @@ def test_unused_codes_move_onto_residuals(make_config: MakeConfig) -> None:
 
 
 def test_the_quantizer_trains_in_full_float32(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under bf16 too, and without the TF32 that cuDNN's convolutions use on a GPU unless it is forbidden."""
+    """Under bf16 too, and without the TF32 that convolutions use on a GPU unless it is forbidden, and products if it is
+    allowed.
+    """
     config = make_config(precision="bf16")
     trainer = TokenizerTraining(config, prepare_process_environment())
     seen = set()
 
     def record(phi: Phi, inputs: tuple[torch.Tensor]) -> None:
-        seen.add((torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"), inputs[0].dtype))
+        precisions = (part.fp32_precision for part in parts)
+        seen.add((*precisions, torch.is_autocast_enabled("cpu"), inputs[0].dtype))
 
     for phi in trainer.model.quantize.quant_resi.qresi_ls:
         phi.register_forward_pre_hook(record)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    parts = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    for part in parts:
+        monkeypatch.setattr(part, "fp32_precision", "tf32")
     batches = StepBatches(trainer.pictures, config.seed, 4, 0, 1, False)
     for step in range(2):
         values = trainer._train_step(step, batches[step])
     assert values["codebook/restarted"] > 0
-    assert seen == {(False, False, torch.float32)}
+    assert seen == {("ieee", "ieee", False, torch.float32)}
 
 
 def test_batches_depend_on_seed_and_step_alone(pictures_folder: Path) -> None:
