@@ -50,16 +50,18 @@ def keep_metrics_up_to(step: int, run_dir: Path) -> None:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Options whose values differ, with both values; sections as dotted keys, in order."""
-    before, now = _flatten(before), _flatten(now)
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            yield key, before.get(key), now.get(key)
+        old, new = _by_name(before.get(key)), _by_name(now.get(key))
+        known = [value for value in (old, new) if value is not None]
+        if all(isinstance(value, dict) and value for value in known):  # a section that one side lacks differs in all
+            for name, *values in differences(old or {}, new or {}):
+                yield f"{key}.{name}", *values
+        elif old != new:
+            yield key, old, new
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-            value = {str(position): entry for position, entry in enumerate(value)}
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return flat
+def _by_name(value: Any) -> Any:
+    """A list of sections by position, everything else as it is."""
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        return {str(position): entry for position, entry in enumerate(value)}
+    return value
