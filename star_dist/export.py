@@ -35,7 +35,7 @@ from star_dist.public_layout import check_weights
 from star_dist.text import save_text_encoder
 from star_dist.tokenizer.io import load_tokenizer, save_tokenizer, tokenizer_hash
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
-from star_dist.weights import read_weights, read_weights_folder, write_weights
+from star_dist.weights import WRITTEN_FILES, read_weights, read_weights_folder, write_weights
 
 FORMAT = "star-dist inference folder 1"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -44,10 +44,7 @@ CARD_FILE = "README.md"
 TOKENIZER_FOLDER = "tokenizer"
 TEXT_ENCODER_FOLDER = "text_encoder"
 PUBLIC_EXTRAS_FILE = "public_layout.safetensors"
-OWN_NAMES = re.compile(
-    rf"{CONFIG_FILE}|{CARD_FILE}|{TOKENIZER_FOLDER}|{TEXT_ENCODER_FOLDER}|{PUBLIC_EXTRAS_FILE}"
-    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-)
+OWN_NAMES = frozenset({CONFIG_FILE, CARD_FILE, TOKENIZER_FOLDER, TEXT_ENCODER_FOLDER, PUBLIC_EXTRAS_FILE})
 
 # What is fetched of a hub repository: nothing that would have to be unpickled.
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md", "*.model")
@@ -81,7 +78,8 @@ def check_replaceable(folder: Path) -> None:
             read_export_config(folder)
         except UserError:
             raise UserError(f"{folder} exists and is no inference folder; choose another --out") from None
-        foreign = sorted(path.name for path in folder.iterdir() if not OWN_NAMES.fullmatch(path.name))
+        names = sorted(path.name for path in folder.iterdir())
+        foreign = [name for name in names if name not in OWN_NAMES and not WRITTEN_FILES.fullmatch(name)]
         if foreign:
             raise UserError(
                 f"{folder} would be replaced, but holds {', '.join(foreign)}, which no export wrote; move it away or "

@@ -54,19 +54,23 @@ def parse_json_object(text: bytes, place: str) -> dict[str, Any]:
     return values
 
 
-def read_text_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file that a command was given, stripped, without empty ones.
+def read_text(path: Path, name: str) -> str:
+    """The text of a file that a command was given; `name` stands for it in errors.
 
     Raises:
-        UserError: no such file, or no text.
+        UserError: no such file, or no UTF-8.
     """
     try:
-        text = path.read_text("utf-8")
+        return path.read_text("utf-8")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: byte {error.start} is no UTF-8; save it as UTF-8") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+        raise UserError(f"cannot read {name}: byte {error.start} is no UTF-8; save it as UTF-8") from None
+
+
+def read_text_lines(path: Path) -> list[str]:
+    """The lines of such a file, stripped, without empty ones; raises as `read_text`."""
+    return [line.strip() for line in read_text(path, str(path)).splitlines() if line.strip()]
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

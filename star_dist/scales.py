@@ -74,10 +74,8 @@ class ScaleSchedule:
         if share == 1:
             return self
         first = len(self) - scales
-        lengths = (side * side for side in self.sides)
-        return ScaleSchedule(
-            self.sides, tuple(n if k < first else max(1, round(share * n)) for k, n in enumerate(lengths))
-        )
+        kept = (n if k < first else max(1, round(share * n)) for k, n in enumerate(self.lengths))
+        return ScaleSchedule(self.sides, tuple(kept))
 
     def scales_within(self, tokens: int) -> int:
         """How many leading scales end within the first `tokens` tokens."""

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from star_dist.errors import UserError
+from star_dist.files import read_text
 from star_dist.object_store import check_endpoint
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -51,11 +52,9 @@ def load_config(kind: type[AnyConfig], path: str | os.PathLike[str], overrides: 
         ConfigError: no such file, no JSON, an unknown key, a wrong type, or values that do not fit together.
     """
     try:
-        text = Path(path).read_text("utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read config {path}: byte {error.start} is no UTF-8; save it as UTF-8") from None
+        text = read_text(Path(path), f"config {path}")
+    except UserError as error:
+        raise ConfigError(str(error)) from None
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:

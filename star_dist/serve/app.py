@@ -68,19 +68,8 @@ def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[st
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
-    @app.exception_handler(UserError)
-    async def user_error(request: Request, error: UserError) -> JSONResponse:
-        return _error(503 if isinstance(error, QueueFull) else 422, str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return _error(422, f"{where}: {first['msg']}" if where else first["msg"])
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail))
+    for kind, handler in ERROR_HANDLERS.items():
+        app.add_exception_handler(kind, handler)
 
     def find(job_id: str) -> Job:
         try:
@@ -158,6 +147,23 @@ async def _events(job: Job, describe: Any) -> AsyncIterator[str]:
 
 def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": message}, status)
+
+
+async def _user_error(request: Request, error: UserError) -> JSONResponse:
+    return _error(503 if isinstance(error, QueueFull) else 422, str(error))
+
+
+async def _invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    return _error(422, f"{where}: {first['msg']}" if where else first["msg"])
+
+
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    return _error(error.status_code, str(error.detail))
+
+
+ERROR_HANDLERS = {UserError: _user_error, RequestValidationError: _invalid_request, HTTPException: _http_error}
 
 
 class BodyLimit:

@@ -39,7 +39,7 @@ class StepLosses:
         self._device = device
         self._on_device = torch.zeros((), device=device)
         self._ids: deque[tuple[int, list[int]]] = deque(maxlen=REMEMBERED_STEPS)
-        self._fetching: tuple[Tensor, torch.cuda.Event | None, int] | None = None
+        self._fetching: tuple[Tensor, torch.cuda.Event | None, int] = torch.zeros(()), None, 0
         self._step_ids: list[int] = []
         self._samples = 0
 
@@ -52,9 +52,7 @@ class StepLosses:
     def end_step(self, step: int) -> tuple[float, int]:
         """The sum of the step before, and its samples; zeros at the first."""
         self._ids.append((step, self._step_ids))
-        before, event, samples = None, None, 0
-        if self._fetching is not None:
-            before, event, samples = self._fetching
+        before, event, samples = self._fetching
         if self._device.type == "cuda":
             host = torch.empty((), pin_memory=True).copy_(self._on_device, non_blocking=True)
             now = torch.cuda.Event()
@@ -65,7 +63,7 @@ class StepLosses:
         self._on_device, self._step_ids, self._samples = torch.zeros((), device=self._device), [], 0
         if event is not None:
             event.synchronize()
-        return 0.0 if before is None else before.item(), samples
+        return before.item(), samples
 
     def sample_ids(self, step: int) -> list[int]:
         """This rank's samples of one of the last steps."""
