@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -18,15 +19,17 @@ UNREACHABLE_EXIT = Unreachable.exit_code  # a store or the network: no mistake o
 HANG_EXIT = 70  # EX_SOFTWARE of sysexits.h: the watchdog ended a training that stood still
 PREEMPTED_EXIT = 75  # EX_TEMPFAIL of sysexits.h: saved on SIGUSR1 or SIGTERM, and wants to go on
 INTERRUPTED_EXIT = 130  # Ctrl-C, as shells have it; a training has saved before
+BROKEN_PIPE_EXIT = 141  # SIGPIPE, as shells have it
 OTHER_RANKS_WAIT_S = 10
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command's `main` and exits: 0, 2 or 69 with `error: …` on stderr for a UserError, 1 for a file that cannot
-    be read or written, or as asked.
+    be read or written, 141 in silence where nobody reads stdout any more, or as asked.
     """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         local_rank = os.environ.get("LOCAL_RANK", "0")
         if local_rank != "0":
@@ -39,6 +42,9 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             print(ended, file=sys.stderr, flush=True)
         sys.exit(ended.exit_code)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+            sys.exit(BROKEN_PIPE_EXIT)
         if error.filename is None or "RANK" in os.environ:  # of a training people want to know where it was
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
@@ -47,6 +53,13 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED_EXIT)
     sys.exit(0)
+
+
+def _nobody_reads_stdout() -> bool:
+    """Whether the reader of a pipe has ended, as `| head` does."""
+    stdout = select.poll()
+    stdout.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:

@@ -128,8 +128,10 @@ def open_store(url: str | os.PathLike[str], *, endpoint: str | None = None, regi
     url = os.fspath(url)
     if is_s3(url):
         return S3Store(url, endpoint, region)
-    if "://" in url:
-        raise UserError(f"{url} has scheme {url.partition('://')[0]!r}; give a local path or s3://bucket/prefix")
+    scheme, found, rest = url.partition("://")
+    if found:
+        place = rest.rpartition("@")[2].partition("?")[0]  # neither a password nor the signature of a signed URL
+        raise UserError(f"{scheme}://{place} has scheme {scheme!r}; give a local path or s3://bucket/prefix")
     return FolderStore(url)
 
 

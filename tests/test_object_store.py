@@ -92,6 +92,8 @@ def test_wrong_places_are_named(s3: S3Bucket, tmp_path: Path) -> None:
         check_access(str(tmp_path / "absent"))
     with pytest.raises(UserError, match="has scheme 'gs'; give a local path or s3://"):
         open_store("gs://bucket")
+    with pytest.raises(UserError, match=r"^https://host/x has scheme 'https'"):
+        open_store(f"https://someone:{SECRET_KEY}@host/x?X-Amz-Signature={SECRET_KEY}")
     for url in ("s3://", "s3:///x"):
         with pytest.raises(UserError, match="names no bucket"):
             open_store(url)

@@ -61,6 +61,16 @@ def test_help_answers_at_once(command: list[str]) -> None:
     assert "argparse" in imported and not imported & SLOW_IMPORTS
 
 
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_a_reader_that_ends_early_is_no_error(unbuffered: str) -> None:
+    """As of `| head -1`: the exit code of SIGPIPE, and no traceback."""
+    command = (
+        f"PYTHONUNBUFFERED={unbuffered} {sys.executable} launcher/plan.py --config configs/d30.json --gpus 8 --gpu h200"
+    )
+    result = run("bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}")
+    assert (result.returncode, result.stderr) == (141, "")
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
