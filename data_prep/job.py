@@ -58,7 +58,7 @@ class JobDescription(Section):
 
     @property
     def hash(self) -> str:
-        """Identity of the job, as 16 hexadecimal digits."""
+        """Identity of the job, as 16 hexadecimal digits; depends on the order of the config's keys (see `join_job`)."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:JOB_HASH_DIGITS]
 
 
@@ -180,8 +180,10 @@ def check_same_job(store: ObjectStore, stored: dict[str, Any], now: dict[str, An
         )
 
 
-def join_job(store: ObjectStore, job: JobDescription) -> None:
-    """Begins a job at its output, or joins the partitions that have begun it.
+def join_job(store: ObjectStore, job: JobDescription) -> JobDescription:
+    """Begins a job at its output, or joins the partitions that have begun it; returns the description that is there.
+
+    Its hash is the job's: another partition's config may have the same keys in another order.
 
     Raises:
         UserError: the output holds something else, or belongs to another job.
@@ -195,6 +197,7 @@ def join_job(store: ObjectStore, job: JobDescription) -> None:
         write_section(store, JOB_FILE, job)
         stored = read_job(store)  # another partition may have begun another job at the same time
     check_same_job(store, _flat(stored), _flat(job))
+    return stored
 
 
 def _flat(job: JobDescription) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def merge(output: str, storage: StorageSection | None = None) -> dict[int, Datas
     half a data set.
 
     Raises:
-        UserError: no job there, a partition that is missing or of another job, a file that is missing or of another
-            size, or no sample for training at all.
+        UserError: no job there, a partition that is missing or of another job, or a file that is missing or of another
+            size; also, when all other resolutions are merged, one that has no sample for training.
     """
     storage = storage or StorageSection()
     store = open_store(output, endpoint=storage.endpoint, region=storage.region)
@@ -54,12 +54,15 @@ def merge(output: str, storage: StorageSection | None = None) -> dict[int, Datas
     config = parse_config(PrepConfig, values, source=f"{output}/{JOB_FILE}")
     manifests = _complete_partitions(store, job)
     _check_files(store, manifests)
+    sides = [section.resolution for section in config.all_resolutions]
+    empty = [side for side in sides if not any(manifest.samples[str(side)]["train"] for manifest in manifests)]
+    sections = [section for section in config.all_resolutions if section.resolution not in empty]
     found = {
         section.resolution: _merge_resolution(store, job, config, section, manifests)
-        for section in tqdm(config.all_resolutions, desc="merge", unit="resolution", disable=job.partitions == 1)
+        for section in tqdm(sections, desc="merge", unit="resolution", disable=job.partitions == 1)
     }
     _merge_rejects(store, manifests)
-    for section in config.all_resolutions:
+    for section in sections:
         folder = config.folder_of(section.resolution)
         _copy_empty_caption(store, manifests[0], folder)
         text = found[section.resolution].model_dump_json(indent=2) + "\n"
@@ -67,6 +70,13 @@ def merge(output: str, storage: StorageSection | None = None) -> dict[int, Datas
         counts = ", ".join(f"{split}: {count}" for split, count in found[section.resolution].splits.items())
         print(f"{output}/{folder}: {section.resolution} pixels, {counts}, from {job.partitions} partition(s)")
     store.discard_unfinished()
+    if empty:
+        reasons = "; ".join(f"{side} pixels (rejected: {_rejected(manifests, side) or 'none'})" for side in empty)
+        others = f"; complete are {', '.join(map(str, found))} pixels" if found else ""
+        raise UserError(
+            f"the source gave no usable picture for training at {reasons}; change source or min_side, and "
+            f"output{others}"
+        )
     return found
 
 
@@ -134,21 +144,13 @@ def _merge_resolution(
 ) -> DatasetMetadata:
     """Writes the index of every split and returns what dataset.json will hold."""
     folder, side = config.folder_of(section.resolution), str(section.resolution)
-    rejected: Counter[str] = Counter()
     captions = dict.fromkeys(job.dataset.caption_names, 0)
     splits = dict.fromkeys(splits_of(config), 0)
     for manifest in manifests:
-        rejected.update(manifest.rejected)
-        if manifest.too_small.get(side):
-            rejected[f"too small for {side} pixels"] += manifest.too_small[side]
         for name in captions:
             captions[name] += manifest.captions[side][name]
         for split in splits:
             splits[split] += manifest.samples[side][split]
-    if not splits["train"]:
-        raise UserError(
-            f"the source gave no usable picture for training at {side} pixels; rejected: {dict(rejected) or 'none'}"
-        )
     indices = {split: _merged_index(store, folder + split, manifests) for split in splits}
     for split, index in indices.items():
         store.write(f"{folder}{split}/{INDEX_FILE}", index)
@@ -161,9 +163,19 @@ def _merge_resolution(
         text_features=job.dataset.text_features,
         splits=splits,
         content_hash=content_hash(indices),
-        rejected=dict(sorted(rejected.items())),
+        rejected=_rejected(manifests, section.resolution),
         attribution=config.attribution,
     )
+
+
+def _rejected(manifests: Sequence[Manifest], side: int) -> dict[str, int]:
+    """Pictures that a resolution leaves out, by reason."""
+    rejected: Counter[str] = Counter()
+    for manifest in manifests:
+        rejected.update(manifest.rejected)
+        if too_small := manifest.too_small.get(str(side)):
+            rejected[f"too small for {side} pixels"] += too_small
+    return dict(sorted(rejected.items()))
 
 
 def _merged_index(store: ObjectStore, split_folder: str, manifests: Sequence[Manifest]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import time
 import warnings
@@ -17,13 +16,8 @@ from torch import Tensor
 
 from data_prep.sources import Description, SourceItem
 from star_dist.config import PrepConfig
-from star_dist.data.pictures import UnreadablePicture, crop_and_resize, decode_picture, to_tensor
+from star_dist.data.pictures import FILE_FAULTS, UnreadablePicture, crop_and_resize, decode_picture, to_tensor
 from star_dist.errors import UserError
-
-# What is wrong with one file's name or rights; anything else is the storage's fault, and no reason to drop a picture.
-FILE_FAULTS = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
-)
 
 
 class Rejected(ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from star_dist.errors import UserError
 from star_dist.object_store import ObjectStore
@@ -53,6 +53,24 @@ def read_all_captions(stores: Mapping[str, ObjectStore]) -> dict[str, dict[str, 
         for file in sorted(file for file in matches if matches[file]):
             found[name] |= _parse(store.read(file), f"{store.url}/{file}")
     return found
+
+
+def check_keys(recaptions: Mapping[str, Mapping[str, str]], keys: Callable[[], Iterable[str]], place: str) -> None:
+    """Compares new captions, by name and key, with the keys of the items at a place, usable or not.
+
+    Raises:
+        UserError: captions of some name are there, but none is of an item; gives an example of both keys.
+    """
+    for name, texts in recaptions.items():
+        if not texts or any(key in texts for key in keys()):
+            continue
+        own = next(iter(keys()), None)
+        if own is not None:  # a place without items has nothing to lose
+            raise UserError(
+                f"source.recaptions.{name} has captions, but none of a picture of {place}: its keys are such as "
+                f"{next(iter(texts))!r}, the source's such as {own!r}; give data_prep.caption the same source.path "
+                f"(and source.key_column of Parquet files) as this job"
+            )
 
 
 def _parse(data: bytes, place: str) -> dict[str, str]:

@@ -87,8 +87,7 @@ def tokenize_partition(
             return None
     source = open_source(config.source, config.storage, tuple(config.min_scores))
     units = partition.of(source.units)
-    job = describe_job(config, source, tokenizer.config, hash_of_tokenizer, partition.count)
-    join_job(store, job)
+    job = join_job(store, describe_job(config, source, tokenizer.config, hash_of_tokenizer, partition.count))
     with unfinished_work(config.output, config.work, job.hash, partition) as work:
         source.downloads = work
         if read_manifest(store, manifest_name(partition)) is not None:

@@ -19,15 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 from tqdm import tqdm
 
 from data_prep.assembly import split_of
-from data_prep.job import JobDescription, read_job
+from data_prep.job import REJECTS_FILE, JobDescription, manifest_name, read_job, read_manifest
 from data_prep.merging import INDEX_FILE, read_remote_metadata
+from data_prep.partition import Partition
 from star_dist.config import PrepConfig, StorageSection, parse_config
 from star_dist.data.schema import (
+    EMPTY_CAPTION_FILE,
     FEATURE_DTYPE,
     METADATA_FILE,
     SHARD_HASH,
@@ -41,6 +45,7 @@ from star_dist.errors import UserError
 from star_dist.object_store import ObjectStore, open_store
 from star_dist.scales import ScaleSchedule
 
+TEMPORARY = "star-dist-verify-"
 PROBLEMS_AT_MOST = 20  # that one shard reports: a shard of another format has as many as samples
 KEY_DIGEST_BYTES = 8
 
@@ -106,10 +111,14 @@ def verify(output: str, storage: StorageSection | None = None, workers: int = 1)
         raise UserError(f"no data set of a tokenization job at {output}; give the job's output, not one of its folders")
     config = parse_config(PrepConfig, job.config | {"output": output}, source=f"{output}/job.json")
     reports = []
+    rejects_problem = _rejects_problem(store, job)
     for section in config.all_resolutions:
         folder = config.folder_of(section.resolution)
         metadata = read_remote_metadata(store, folder)
-        reports.append(_verify_dataset(store, folder, metadata, job, workers))
+        report = _verify_dataset(store, folder, metadata, job, workers)
+        if rejects_problem is not None:  # one file for all resolutions
+            report.problems.append(rejects_problem)
+        reports.append(report)
     return reports
 
 
@@ -162,7 +171,44 @@ def _verify_dataset(
     repeated = len(digests) - len(np.unique(np.frombuffer(digests, np.uint64)))
     if repeated:
         report.problems.append(f"{repeated} keys come more than once")
+    if metadata.text_features is not None:
+        problem = _empty_caption_problem(store, f"{folder}{EMPTY_CAPTION_FILE}", metadata.text_features.width)
+        if problem is not None:
+            report.problems.append(problem)
     return report
+
+
+def _rejects_problem(store: ObjectStore, job: JobDescription) -> str | None:
+    """Compares rejects.jsonl with the manifests of all partitions, as far as nobody has removed these."""
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+        path = Path(folder) / REJECTS_FILE  # can be too large for memory
+        try:
+            store.download(REJECTS_FILE, path)
+        except FileNotFoundError:
+            return f"{REJECTS_FILE} is missing"
+        with path.open("rb") as file:
+            lines = sum(1 for _ in file)
+    manifests = [read_manifest(store, manifest_name(Partition(i, job.partitions))) for i in range(job.partitions)]
+    if None in manifests:
+        return None
+    rejected = sum(sum(manifest.rejected.values()) for manifest in manifests)
+    return None if lines == rejected else f"{REJECTS_FILE} has {lines} lines, the manifests say {rejected}"
+
+
+def _empty_caption_problem(store: ObjectStore, name: str, width: int) -> str | None:
+    try:
+        tensors = load(store.read(name))
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except SafetensorError as error:
+        return f"{name} is damaged ({error})"
+    shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+    tokens = len(tensors.get("text_hidden", ()))
+    if not tokens or shapes != {"text_hidden": (tokens, width), "text_pooled": (width,)}:
+        return f"{name} holds {shapes}, expected text_hidden (tokens, {width}) and text_pooled ({width},)"
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        return f"{name} has values that are not finite"
+    return None
 
 
 def _on_processes(read: partial[_Shard], shards: list[dict[str, Any]], workers: int) -> Iterator[_Shard]:
@@ -188,7 +234,7 @@ def _read_shard(
     raw = shard["raw_data"]
     name = f"{split_folder}/{raw['basename']}"
     found = _Shard()
-    with tempfile.TemporaryDirectory(prefix="star-dist-verify-") as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
         path = Path(folder) / raw["basename"]
         try:
             store.download(name, path)

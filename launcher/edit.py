@@ -7,7 +7,13 @@ scales, so layout and colours, and draws the details anew. Several pictures (--c
 """
 
 from star_dist.cli import command_parser, run_command
-from star_dist.inference.arguments import add_model_arguments, add_seed_argument, check_seeds, load_pipeline
+from star_dist.inference.arguments import (
+    add_model_arguments,
+    add_seed_argument,
+    check_seeds,
+    load_pipeline,
+    picture_path,
+)
 from star_dist.inference.options import add_sampling_arguments, sampling_options
 
 
@@ -40,9 +46,7 @@ def main() -> None:
     if arguments.count < 1 or arguments.batch < 1:
         raise UserError(f"--count and --batch must be positive, got {arguments.count} and {arguments.batch}")
     check_seeds(arguments.seed, arguments.count)
-    out = Path(arguments.out)
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise UserError(f"--out {out} must end in .png or .jpg")
+    out = picture_path(arguments.out)
     box = ()
     if arguments.way == "outpaint":
         try:

@@ -1,7 +1,8 @@
 """Loss and accuracy on held-out pictures: `python launcher/evaluate.py runs/d30` or `… exports/d30 --config FILE`.
 
-For a run folder, its newest complete checkpoint (or that of --step) in fp32; for an export, its weights as stored. The
-result, JSON on stdout and in --out, is what training reports as validation/…, over --num-samples held-out pictures.
+For a run folder, its newest complete checkpoint (or that of --step); for an export, its weights; both in the config's
+train.precision, as in training. The result, JSON on stdout and in --out, is what training reports as validation/…, over
+--num-samples held-out pictures.
 """
 
 from star_dist.cli import command_parser, run_command

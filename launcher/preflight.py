@@ -2,7 +2,8 @@
 
 Starts like launcher/train.py, under any launcher, one process per GPU. Prints a table with one line per node and exits
 with 1, naming the bad nodes, if GPUs, drivers or library versions differ, a GPU is slow, a node has no room, or the
-run's folder, data, tokenizer or S3 cannot be used from it. train.sbatch runs it before the first start.
+run's folder, data, tokenizer or S3 cannot be used from it; with 69 if all that is wrong is out of reach, such as a
+store. train.sbatch runs it before the first start.
 """
 
 import os
@@ -40,7 +41,7 @@ def main() -> None:
     # At once: a rank that had passed was once aborted while the interpreter ended ("terminate called without an active
     # exception", most likely a thread of gloo), and a good node was called bad.
     sys.stdout.flush()
-    os._exit(1 if result.problems else 0)
+    os._exit(result.exit_code)
 
 
 if __name__ == "__main__":

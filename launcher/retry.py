@@ -36,24 +36,37 @@ def main() -> None:
     from pathlib import Path
 
     from star_dist.config import RunConfig, load_config
-    from star_dist.train.facts import append_event, ended_in_order, exit_code_since, failures_without_progress
+    from star_dist.train.facts import (
+        append_event,
+        ended_in_order,
+        exit_code_since,
+        failures_without_progress,
+        slurm_job,
+    )
 
     run_dir = Path(load_config(RunConfig, arguments.config, arguments.overrides).run_dir)
     if arguments.check:
         sys.exit(1 if ended_in_order(run_dir) else 0)
     own_code = exit_code_since(run_dir, arguments.since)
     code = arguments.exit_code if own_code is None else own_code
-    if arguments.signalled and own_code is None and code not in FINAL_CODES:
+    # Nobody's mistake unless the training has said so: python, too, exits with 2 where it cannot open its script.
+    final = code in FINAL_CODES and (code != USER_ERROR_EXIT or own_code is not None)
+    if arguments.signalled and own_code is None and not final:
         print(f"exit code {code}: the signal came before the training could save: once more")
         return
     if code == PREEMPTED_EXIT:
         print("saved and ended before its time: once more")
         return
-    if code in FINAL_CODES:
+    if final:
         sys.exit(f"exit code {code}: nothing that another attempt would change")
     run_dir.mkdir(parents=True, exist_ok=True)
-    append_event(run_dir, "failed", exit_code=code)
+    before = failures_without_progress(run_dir)
+    append_event(run_dir, "failed", exit_code=code, job=slurm_job())
     failures = failures_without_progress(run_dir)
+    if failures == before:
+        sys.exit(
+            f"exit code {code}: the facts of {run_dir} cannot be written, so attempts cannot be counted: giving up"
+        )
     if failures >= arguments.max_failures:
         sys.exit(f"exit code {code}: failed {failures} times without a new checkpoint, giving up")
     print(f"exit code {code}: failure {failures} of {arguments.max_failures} without a new checkpoint, once more")

@@ -4,7 +4,13 @@ Several prompts make several files (out-0.png, out-1.png, …); --prompts-file t
 """
 
 from star_dist.cli import command_parser, run_command
-from star_dist.inference.arguments import add_model_arguments, add_seed_argument, check_seeds, load_pipeline
+from star_dist.inference.arguments import (
+    add_model_arguments,
+    add_seed_argument,
+    check_seeds,
+    load_pipeline,
+    picture_path,
+)
 from star_dist.inference.options import add_sampling_arguments, sampling_options
 
 
@@ -34,9 +40,7 @@ def main() -> None:
     if arguments.count < 1 or arguments.batch < 1:
         raise UserError(f"--count and --batch must be positive, got {arguments.count} and {arguments.batch}")
     check_seeds(arguments.seed, len(prompts) * arguments.count)
-    out = Path(arguments.out)
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise UserError(f"--out {out} must end in .png or .jpg")
+    out = picture_path(arguments.out)
 
     from tqdm import tqdm
 

@@ -6,7 +6,13 @@ all others under "new". The first picture of a cell is the data set's own, throu
 """
 
 from star_dist.cli import command_parser, run_command
-from star_dist.inference.arguments import add_model_arguments, add_seed_argument, check_seeds, load_pipeline
+from star_dist.inference.arguments import (
+    add_model_arguments,
+    add_seed_argument,
+    check_seeds,
+    load_pipeline,
+    picture_path,
+)
 from star_dist.inference.options import add_sampling_arguments, sampling_options
 
 
@@ -15,7 +21,7 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--data", required=True, metavar="DIR", help="data set with train and val splits")
     parser.add_argument("--captions", required=True, metavar="FILE", help="one caption per line")
-    parser.add_argument("--out", required=True, metavar="FILE", help="picture file")
+    parser.add_argument("--out", required=True, metavar="FILE", help="picture file, .png or .jpg")
     parser.add_argument("--count", type=int, default=2, help="pictures drawn per caption (default 2)")
     parser.add_argument("--columns", type=int, default=4, help="captions per row (default 4)")
     add_seed_argument(parser)
@@ -28,6 +34,7 @@ def main() -> None:
     from star_dist.files import read_text_lines
 
     options = sampling_options(arguments)
+    out = picture_path(arguments.out)
     captions = read_text_lines(Path(arguments.captions))
     if arguments.count < 1 or arguments.columns < 1:
         raise UserError(f"--count and --columns must be positive, got {arguments.count} and {arguments.columns}")
@@ -42,7 +49,6 @@ def main() -> None:
     grid = draw_seen_grid(
         pipeline, Path(arguments.data), captions, options, arguments.count, arguments.columns, arguments.seed
     )
-    out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     grid.save(out)
     print(out)

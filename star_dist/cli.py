@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from star_dist.errors import RunEnded, Unreachable, UserError
 
-# Exit codes of all commands beside 0. launcher/retry.py reads them: once more after PREEMPTED, never after USER_ERROR
-# and INTERRUPTED, and a limited number of times after everything else.
+# Exit codes of all commands beside 0. launcher/retry.py reads them: once more after PREEMPTED, never after INTERRUPTED
+# and a USER_ERROR that the training wrote down, and a limited number of times after everything else.
 USER_ERROR_EXIT = UserError.exit_code
 UNREACHABLE_EXIT = Unreachable.exit_code  # a store or the network: no mistake of a user
 HANG_EXIT = 70  # EX_SOFTWARE of sysexits.h: the watchdog ended a training that stood still

@@ -16,12 +16,13 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,7 +33,8 @@ from star_dist.model.config import StarConfig
 from star_dist.model.star import STAR
 from star_dist.model_card import ModelFacts, model_card
 from star_dist.public_layout import check_weights
-from star_dist.text import save_text_encoder
+from star_dist.scales import ScaleSchedule
+from star_dist.text import portable_name, save_text_encoder
 from star_dist.tokenizer.io import load_tokenizer, save_tokenizer, tokenizer_hash
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.weights import WRITTEN_FILES, read_weights, read_weights_folder, write_weights
@@ -52,7 +54,11 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ExportConfig(Section):
-    """What the weights mean and where they come from. run_name, step: the training run, 0 where that is not known."""
+    """What the weights mean and where they come from. run_name, step: the training run, 0 where that is not known.
+
+    Raises:
+        ValueError: the model's scales do not start with 1 or do not grow.
+    """
 
     format: Literal["star-dist inference folder 1"] = FORMAT
     model: StarConfig
@@ -63,6 +69,12 @@ class ExportConfig(Section):
     run_name: str
     step: int
     facts: ModelFacts = ModelFacts()
+
+    @field_validator("model")
+    @classmethod
+    def _scales_are_a_schedule(cls, model: StarConfig) -> StarConfig:
+        ScaleSchedule(model.scales)
+        return model
 
 
 def check_replaceable(folder: Path) -> None:
@@ -95,11 +107,13 @@ def write_inference_folder(
     config: ExportConfig,
     tokenizer: MultiScaleVQVAE,
     public_extras: Mapping[str, Tensor] | None = None,
+    text_encoder_copy: Path | None = None,
 ) -> None:
     """Writes the folder beside its final place, reloads and compares it, and then moves it there.
 
     weights: by name; stored in `config.dtype`. config.text: the encoder to copy or to name. public_extras: see
-    `public_layout.py`.
+    `public_layout.py`. text_encoder_copy: see `save_text_encoder`. A process that is killed leaves what it has written,
+    and an earlier export that it had moved away, in `<folder>.export-…`, which is for its owner to delete.
 
     Raises:
         UserError: the folder holds something else than an earlier export, weights are not finite, or the text encoder
@@ -111,14 +125,37 @@ def write_inference_folder(
     for name, tensor in stored.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name} holds values that are not finite, which draw nothing; take an earlier checkpoint")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A new name, so that nothing of anybody's is in the way.
+    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.export-", dir=folder.parent))
+    partial, earlier = work / "new", work / "earlier"
+    try:
+        partial.mkdir()
+        _write_files(partial, stored, config, tokenizer, public_extras, text_encoder_copy)
+        if folder.exists():
+            os.replace(folder, earlier)
+        os.replace(partial, folder)
+    finally:
+        if earlier.is_dir() and not folder.exists():  # ended between the two moves
+            os.replace(earlier, folder)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_files(
+    partial: Path,
+    stored: Mapping[str, Tensor],
+    config: ExportConfig,
+    tokenizer: MultiScaleVQVAE,
+    public_extras: Mapping[str, Tensor] | None,
+    text_encoder_copy: Path | None,
+) -> None:
+    """Fills an empty folder, and reloads and compares it."""
     write_weights(stored, partial)
     if public_extras:
         save_file(dict(public_extras), partial / PUBLIC_EXTRAS_FILE, metadata={"format": "pt"})
     save_tokenizer(tokenizer, partial / TOKENIZER_FOLDER)
-    config = config.model_copy(update={"text": save_text_encoder(config.text, partial / TEXT_ENCODER_FOLDER)})
+    text = save_text_encoder(config.text, partial / TEXT_ENCODER_FOLDER, text_encoder_copy)
+    config = config.model_copy(update={"text": text})
     (partial / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
     (partial / CARD_FILE).write_text(model_card(config.model_dump(mode="json")))
 
@@ -131,12 +168,6 @@ def write_inference_folder(
     for path in partial.rglob("*"):
         if path.is_file():
             path.chmod(readable)
-    earlier = folder.with_name(folder.name + ".earlier")
-    shutil.rmtree(earlier, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, earlier)
-    os.replace(partial, folder)
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def read_export_config(folder: Path) -> ExportConfig:
@@ -239,6 +270,20 @@ def initial_weights_from(source: str | Path, config: RunConfig, run_tokenizer_ha
     with torch.device("meta"):
         target = STAR(wanted, config.model.attention)
     return check_weights(weights, target, str(source))
+
+
+def other_text(source: str | Path, config: RunConfig) -> list[str]:
+    """What differs between a run's text features and those that the model of its `train.init_from` has learned from.
+
+    They are no mistake for certain: one encoder has many names, and another one is learned anew in time.
+    """
+    before = read_export_config(fetch_inference_folder(source)).text
+    now = config.text.model_copy(update={"encoder": portable_name(config.text)})
+    return [
+        f"{source} was trained with text.{name} {getattr(before, name)}, the run has {getattr(now, name)}"
+        for name in ("encoder", "pooling", "max_tokens")
+        if getattr(before, name) != getattr(now, name)
+    ]
 
 
 def _option(field: str) -> str:

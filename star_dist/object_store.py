@@ -123,7 +123,8 @@ def open_store(url: str | os.PathLike[str], *, endpoint: str | None = None, regi
     """The store at a local folder or `s3://bucket/prefix`; contacts nothing yet.
 
     Raises:
-        UserError: another scheme, or no bucket in the URL or one that cannot be.
+        UserError: another scheme, no bucket in the URL or one that cannot be, or a prefix that other readers of the
+            URL take for another one.
     """
     url = os.fspath(url)
     if is_s3(url):
@@ -154,8 +155,22 @@ class FolderStore:
         self.path = Path(path)
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
-        """The folder need not exist. Links to folders are followed; one to a folder above itself is a UserError."""
-        for folder, subfolders, files in os.walk(self.path / prefix.rpartition("/")[0], followlinks=True):
+        """The folder need not exist. Links to folders are followed.
+
+        Raises:
+            UserError: a folder cannot be read, or is a link to one above itself.
+        """
+        root = self.path / prefix.rpartition("/")[0]
+
+        def fail(error: OSError) -> None:
+            if isinstance(error, FileNotFoundError | NotADirectoryError) and error.filename == os.fspath(root):
+                return
+            kind = UserError if isinstance(error, PermissionError) else Unreachable
+            raise kind(
+                f"cannot list {error.filename}: {error.strerror}; make it readable, or try again later"
+            ) from None
+
+        for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
             above = Path(folder).parent.resolve()
             if os.path.islink(folder) and Path(folder).resolve() in (above, *above.parents):
                 raise UserError(f"{folder} is a link to {Path(folder).resolve()}, which contains it; remove the link")
@@ -212,6 +227,14 @@ class S3Store:
             raise UserError(
                 f"{url!r} names bucket {self.bucket!r}, which must be letters, digits, dots, hyphens and underscores; "
                 f"give s3://bucket/prefix, and a host and port as endpoint ({ENDPOINT_VARIABLE})"
+            )
+        if prefix.startswith("/") or not set("#?").isdisjoint(prefix):
+            # What follows a question mark may be the signature of a signed URL.
+            place, query, _ = f"{S3_SCHEME}{self.bucket}/{prefix}".partition("?")
+            read = f"{S3_SCHEME}{self.bucket}/{urlsplit(self.url).path.lstrip('/')}"
+            raise UserError(
+                f"{place}{query} begins its path with a slash or holds '#' or '?', and mosaicml-streaming would read "
+                f"{read} instead; choose another prefix"
             )
         self.prefix = f"{prefix}/" if prefix else ""
         self.endpoint = endpoint or os.environ.get(ENDPOINT_VARIABLE)

@@ -86,8 +86,8 @@ def _ranks_of_srun() -> dict[str, str]:
         "WORLD_SIZE": str(tasks),
         "LOCAL_WORLD_SIZE": local[1],
         "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"]),
-        # Every task must find the same one without asking.
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),
+        # Every task must find the same one without asking, below those that Linux gives to outgoing connections.
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(environment["SLURM_JOB_ID"]) % 12000),
     }
 
 

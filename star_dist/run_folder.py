@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from star_dist.files import read_json_lines, try_lock, write_text_atomically
 
 LOCK_FILE = "lock"
 CONFIG_FILE = "config.json"  # of the training that runs or ran last
 SUBMITTED_CONFIG_FILE = "submitted_config.json"  # of the job that launcher/submit.py wrote
 METRICS_FILE = "metrics.jsonl"
+# Of a network file system that has lost its server, or that a node has lost.
+LOST_FILE_SYSTEM = {errno.EIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT}
 
 
 def claim_run_folder(run_dir: Path) -> IO[str] | None:
@@ -23,20 +26,22 @@ def claim_run_folder(run_dir: Path) -> IO[str] | None:
     None where the file system knows no locks, after a warning.
 
     Raises:
-        UserError: another training holds it, or it cannot be written.
+        Unreachable: another training holds it, which may be ending, or its file system is lost.
+        UserError: it cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / LOCK_FILE).open("a").close()
     except OSError as error:
-        raise UserError(f"cannot write to run_dir {run_dir}: {error.strerror}") from None
+        kind = Unreachable if error.errno in LOST_FILE_SYSTEM else UserError
+        raise kind(f"cannot write to run_dir {run_dir}: {error.strerror}") from None
     try:
         lock = try_lock(run_dir / LOCK_FILE)
     except OSError as error:
         print(f"warning: {run_dir} cannot be locked ({error.strerror}): start one training at a time", file=sys.stderr)
         return None
     if lock is None:
-        raise UserError(f"another training is running in {run_dir}; wait for it, or change run_dir")
+        raise Unreachable(f"another training is running in {run_dir}; wait for it, or change run_dir")
     return lock
 
 

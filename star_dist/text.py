@@ -51,20 +51,30 @@ class TextFeatures:
 class TextEncoder:
     """Any Hugging Face text encoder: CLIP text models, T5 encoders, BERT-like encoders.
 
+    copy: the folder of a copy, to load in place of what `config.encoder` names.
+
     Raises:
-        UserError: the model cannot be found, or its width is not the configured one.
+        UserError: the model cannot be found, its width is not the configured one, or it cannot take as many tokens.
     """
 
-    def __init__(self, config: TextSection, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.config = config
-        self.device = device
-        self.tokenizer, self.model = _load(config, dtype)
-        self.model.to(device).eval().requires_grad_(False)
+    def __init__(
+        self,
+        config: TextSection,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        copy: Path | None = None,
+    ) -> None:
+        self.config, self.copy = config, copy
+        self.tokenizer, self.model = _load(config, dtype, copy)
+        self.model.eval().requires_grad_(False)
         width = getattr(self.model.config, "hidden_size", None) or self.model.config.d_model
         if width != config.width:
             raise UserError(
                 f"text encoder {config.encoder} has width {width}, text.width is {config.width}; change one"
             )
+        self.device = torch.device("cpu")  # an index that is out of range would end every later use of a GPU
+        self._check_max_tokens()
+        self.to(device)
 
     def check_fit(self, captions: Sequence[str]) -> None:
         """`check_fit` with this encoder's tokenizer and limit."""
@@ -100,6 +110,24 @@ class TextEncoder:
             pooled_BW.index_select(0, copy_to_device(torch.tensor(places), self.device)),
             tuple(lengths[place] for place in places),
         )
+
+    def _check_max_tokens(self) -> None:
+        """Encodes as long a caption as there can be.
+
+        Raises:
+            UserError: the model has fewer positions.
+        """
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is None:
+            return  # T5 takes any length, and the largest would be slow here
+        self._encode(["a"])  # what fails here already has another reason than the length
+        try:
+            self._encode(["a " * self.config.max_tokens])
+        except (IndexError, RuntimeError, ValueError):
+            raise UserError(
+                f"text.max_tokens is {self.config.max_tokens}, too many for text encoder {self.config.encoder}; it has "
+                f"{positions} positions, of which some kinds keep a few for themselves; make text.max_tokens smaller"
+            ) from None
 
     @cached_property
     def _empty_caption(self) -> TextFeatures:
@@ -152,19 +180,26 @@ def check_fit(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> None:
             raise UserError(f"a prompt has {tokens} tokens, the model takes {max_tokens}; shorten {caption[:40]!r}…")
 
 
-def save_text_encoder(config: TextSection, folder: Path) -> TextSection:
+def save_text_encoder(config: TextSection, folder: Path, copy: Path | None = None) -> TextSection:
     """Copies a text encoder that lives in a local folder or package, so that an export does not depend on it.
 
-    A Hugging Face id stays a reference and nothing is written. Returns the section that describes the copy; of a path
-    it keeps the last part, because an export is for other machines.
+    A Hugging Face id stays a reference and nothing is written. copy: as `TextEncoder` takes it. Returns the section
+    that describes the copy, named as `portable_name` does.
     """
-    if not _local_path(config.encoder).is_dir():
+    if copy is None and not _local_path(config.encoder).is_dir():
         return config
-    tokenizer, model = _load(config, torch.float32)
+    tokenizer, model = _load(config, torch.float32, copy)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    named = config.encoder if config.encoder.startswith(PACKAGE_PREFIX) else Path(config.encoder).name
+    named = portable_name(config)
     return config.model_copy(update={"encoder": named, "encoder_subfolder": "", "tokenizer_subfolder": ""})
+
+
+def portable_name(config: TextSection) -> str:
+    """What an export calls a text encoder: of a folder the last part, because an export is for other machines."""
+    if config.encoder.startswith(PACKAGE_PREFIX) or not Path(config.encoder).is_dir():
+        return config.encoder
+    return Path(config.encoder).name
 
 
 PACKAGE_PREFIX = "package:"
@@ -192,32 +227,43 @@ def _is_unreachable(error: BaseException | None) -> bool:
     return error is not None and not constants.HF_HUB_OFFLINE
 
 
-def _load(config: TextSection, dtype: torch.dtype):
+def _load(config: TextSection, dtype: torch.dtype, copy: Path | None = None):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn on every start
     import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    path = _local_path(config.encoder)
+    path = copy or _local_path(config.encoder)
     source = str(path) if path.is_dir() else config.encoder
+    name = config.encoder if copy is None else str(copy)
     try:
         model_type = transformers.AutoConfig.from_pretrained(source, subfolder=config.encoder_subfolder).model_type
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder=config.tokenizer_subfolder)
         text_part = getattr(transformers, TEXT_PARTS.get(model_type, "AutoModel"))  # imports that model alone
-        model = text_part.from_pretrained(
+        model, found = text_part.from_pretrained(
             source,
             subfolder=config.encoder_subfolder,
             dtype=dtype,
             use_safetensors=True,
             # With SDPA transformers looks whether the mask leaves anything out, for which the host waits for its GPU.
             attn_implementation="eager",
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (
+        Exception
+    ) as error:  # damaged files end in many kinds: SafetensorError, TypeError, tokenizers' bare Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = Unreachable if _is_unreachable(error) else UserError
         raise kind(
-            f"text encoder {config.encoder!r} could not be loaded: {reason} "
+            f"text encoder {name!r} could not be loaded: {reason} "
             f"(text.encoder takes a Hugging Face id, a local folder or package:NAME/FOLDER)"
         ) from None
+    # transformers fills them with random values. BERT-like models often come without the pooler, which mean leaves out.
+    missing = [key for key in sorted(found["missing_keys"]) if config.pooling == "pooler" or "pooler." not in key]
+    if missing:
+        raise UserError(
+            f"text encoder {name!r} lacks {len(missing)} of its weights, such as {missing[0]}; get it anew"
+            + (", or set text.pooling to mean" if all("pooler." in key for key in missing) else "")
+        )
     tokenizer.padding_side = "right"
     return tokenizer, model

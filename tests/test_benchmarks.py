@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_bytes
-from star_dist.config import RunConfig, dump_config
+from star_dist.config import RunConfig, dump_config, load_config
 from star_dist.model.block_functions import compiled_functions
+from star_dist.model.flops import forward_flops
 from star_dist.model.kernels.flash import FlashLibrary
 from star_dist.model.kernels.sdpa import scaled_dot_product
 from star_dist.scales import ScaleSchedule
@@ -88,7 +89,11 @@ def test_train_step_against_dense_with_a_profile(tmp_path: Path) -> None:
 
 def test_sample(tmp_path: Path) -> None:
     found = results("sample", tmp_path / "out.json", "--quick")
-    assert len(found["scales"]) == 10 and found["drawing"][0]["batch"] == 1
+    (row,) = found["drawing"]
+    assert len(found["scales"]) == 10 and row["batch"] == 1
+    config = load_config(RunConfig, found["config"], ["model.depth=2"])
+    flops = sum(sum(forward_flops(config.star_config(), config.schedule, tokens).values()) for tokens in (20, 2))
+    assert row["flops_s"] * row["matmul_tflops"] == pytest.approx(flops / 1e12)  # the rate that the ratios are of
 
 
 def test_tokenization(tmp_path: Path) -> None:

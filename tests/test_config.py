@@ -12,7 +12,7 @@ from star_dist.config import (
     dump_config,
     load_config,
 )
-from star_dist.config.deepspeed import ZERO_KEYS
+from star_dist.config.deepspeed import ZERO_KEYS, accepted_zero_stages
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = ["d16", "d30", "d30_512", "d30_1024", "demo"]
@@ -82,6 +82,16 @@ def test_overrides_are_json_or_text() -> None:
             'deepspeed={"zero_optimization":{"offload_param":{"device":"nvme"}}}',
             r"offload_param\.device is nvme.*use cpu",
         ),
+        (
+            'deepspeed={"zero_optimization":{"round_robin_gradients":true}}',
+            r"zero_optimization\.round_robin_gradients orders .*weights under wrong names; remove it",
+        ),
+        (
+            'deepspeed={"zero_optimization":{"offload_optimizer":{"device":"cpu","ratio":0.5}}}',
+            r"offload_optimizer\.ratio is 0\.5, .*remove it",
+        ),
+        ('deepspeed={"prescale_gradients":true}', r"prescale_gradients is True, .*stage 3 with .*reduce_scatter; set"),
+        ('deepspeed={"gradient_predivide_factor":4.0}', r"gradient_predivide_factor is 4\.0, .*set that to false"),
         ('deepspeed={"data_types":{"grad_accum_dtype":"bf16"}}', r"grad_accum_dtype is 'bf16' .*it can be fp32"),
         (
             "train.compile=blocks",
@@ -99,6 +109,14 @@ def test_overrides_are_json_or_text() -> None:
 def test_mistakes_are_named_with_their_values(override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_config(RunConfig, CONFIGS / "d16.json", [override])
+
+
+@pytest.mark.parametrize(("key", "first"), [("offload_optimizer", 1), ("offload_param", 3)])
+def test_what_a_zero_stage_would_ignore_is_refused(key: str, first: int) -> None:
+    section = {"zero_optimization": {key: {"device": "cpu"}}}
+    assert accepted_zero_stages(section, range(4), "bf16") == list(range(first, 4))
+    with pytest.raises(ConfigError, match=rf"{key}\.device is cpu, .*stage 0; set the stage to {first} or more"):
+        load_config(RunConfig, CONFIGS / "d16.json", [f"deepspeed={json.dumps(section)}", "train.zero_stage=0"])
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:

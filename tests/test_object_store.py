@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,6 +107,13 @@ def test_wrong_places_are_named(s3: S3Bucket, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="an S3 URL holds a user name or password") as raised:
             open_store(url)
         assert "AKIA" not in str(raised.value) and "wrong" not in str(raised.value)
+    for path, shown, read in (
+        ("run#2/256", "run#2/256", "run"),
+        ("what?X-Amz-Signature=x", r"what\?", "what"),
+        ("/a", "/a", "a"),
+    ):
+        with pytest.raises(UserError, match=rf"^s3://bucket/{shown} begins .* would read s3://bucket/{read} instead"):
+            open_store(f"s3://bucket/{path}")
     for url in ("s3://Old_bucket.of-1/a@b", "s3://arn:aws:s3:us-east-1:123456789012:accesspoint:name/x"):
         assert open_store(url).url == url
     (tmp_path / "file").write_bytes(bytes(20_000_000))  # goes up in parts
@@ -204,6 +214,25 @@ def test_linked_folders_are_listed_and_circles_named(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"link/back is a link to .*/elsewhere, which contains it; remove the link"):
         names(store)
+
+
+def test_folders_that_cannot_be_read_are_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path)
+    for name in ("one/x", "two/y"):
+        store.write(name, b"x")
+    scandir = os.scandir
+    for number, kind in ((errno.EIO, Unreachable), (errno.ENOENT, Unreachable), (errno.EACCES, UserError)):
+
+        def scandir_or_fail(path: str, number: int = number) -> Iterator[os.DirEntry]:
+            if os.path.basename(path) == "two":
+                raise OSError(number, os.strerror(number), path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", scandir_or_fail)
+        with pytest.raises(UserError, match=rf"cannot list .*/two: {os.strerror(number)}; make it readable") as raised:
+            names(store)
+        assert type(raised.value) is kind
+    assert names(store, "absent/") == names(store, "one/x/") == []
 
 
 def test_what_a_killed_writer_leaves_is_not_listed_and_can_be_discarded(tmp_path: Path) -> None:

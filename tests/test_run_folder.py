@@ -1,12 +1,17 @@
-"""Differences between what a run or a job was begun with and what it is now."""
+"""Taking a run folder, and differences between what a run or a job was begun with and what it is now."""
 
 from __future__ import annotations
 
+import errno
+import os
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from star_dist.run_folder import differences
+from star_dist.errors import Unreachable, UserError
+from star_dist.run_folder import claim_run_folder, differences
 
 
 @pytest.mark.parametrize(
@@ -22,3 +27,18 @@ from star_dist.run_folder import differences
 )
 def test_differences(before: dict[str, Any], now: dict[str, Any], expected: list[tuple[str, Any, Any]]) -> None:
     assert list(differences(before, now)) == expected
+
+
+def test_a_folder_that_is_taken_or_lost_may_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = pytest.raises(Unreachable, match="another training is running in")
+    with claim_run_folder(tmp_path), get_context("fork").Pool(1) as other, taken:  # no process locks itself out
+        other.apply(claim_run_folder, [tmp_path])
+    for code, kind in ((errno.ESTALE, Unreachable), (errno.EACCES, UserError)):
+
+        def fail(*_: Any, code: int = code, **__: Any) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(Path, "mkdir", fail)
+        with pytest.raises(UserError, match=os.strerror(code)) as raised:
+            claim_run_folder(tmp_path)
+        assert raised.type is kind

@@ -31,3 +31,7 @@ def test_visible_pairs_counts_what_the_mask_shows() -> None:
 def test_impossible_schedules_are_refused(sides: tuple[int, ...], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ScaleSchedule(sides)
+
+
+def test_every_scale_keeps_a_token() -> None:
+    assert ScaleSchedule((1, 2, 3)).keeping(0.01, 2).lengths == (1, 1, 1)

@@ -1,5 +1,7 @@
 """Text encoders of several kinds, tiny and built here; real weights load through the same code."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,58 @@ def test_mistakes_are_named(text_encoder_folder: Path) -> None:
         TextEncoder(section(Path("package:no_such_package/model")), CPU)
     with pytest.raises(UserError, match=r"width 16, text\.width is 1024"):
         TextEncoder(section(text_encoder_folder, width=1024), CPU)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1"),
+        ("tokenizer.json", b'{"a": 1}'),
+        ("config.json", b"{"),
+    ],
+)
+def test_a_damaged_encoder_is_one_message(text_encoder_folder: Path, tmp_path: Path, file: str, content: bytes) -> None:
+    folder = shutil.copytree(text_encoder_folder, tmp_path / "encoder")
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=r"^text encoder '.*encoder' could not be loaded: [^\n]+$"):
+        TextEncoder(section(folder), CPU)
+
+
+def test_no_weight_of_an_encoder_is_random(text_encoder_folder: Path, tmp_path: Path) -> None:
+    """transformers fills in what a file lacks. A pooler that nobody uses may be absent."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(text_encoder_folder, tmp_path / "encoder")
+    weights = load_file(folder / "model.safetensors")
+
+    def keep(wanted: Callable[[str], bool]) -> None:
+        kept = {name: tensor for name, tensor in weights.items() if wanted(name)}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    keep(lambda name: "pooler" not in name)
+    TextEncoder(section(folder), CPU)
+    with pytest.raises(UserError, match=r"lacks 2 of its weights, such as pooler\..*or set text.pooling to mean"):
+        TextEncoder(section(folder, pooling="pooler"), CPU)
+    keep(lambda name: "word_embeddings" not in name)
+    with pytest.raises(UserError, match=r"lacks 1 of its weights, such as embeddings.word_embeddings.weight; get it"):
+        TextEncoder(section(folder), CPU)
+
+
+def test_more_tokens_than_the_encoder_has_positions_are_refused_at_the_start(
+    clip_folder: Path, t5_folder: Path, text_encoder_folder: Path, tmp_path: Path
+) -> None:
+    from transformers import BertTokenizerFast, RobertaConfig, RobertaModel
+
+    BertTokenizerFast.from_pretrained(text_encoder_folder).save_pretrained(tmp_path)
+    sizes = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    RobertaModel(RobertaConfig(**sizes, max_position_embeddings=22, pad_token_id=0)).save_pretrained(tmp_path)
+    assert TextEncoder(section(tmp_path, max_tokens=21), CPU)(["red " * 30]).lengths == (21,)
+    clip = TextSection(encoder=str(clip_folder), width=16, max_tokens=78)
+    for config, positions in ((section(tmp_path, max_tokens=22), 22), (clip, 77)):
+        said = rf"text\.max_tokens is {config.max_tokens}, too many for text encoder .*; it has {positions} positions"
+        with pytest.raises(UserError, match=said):
+            TextEncoder(config, CPU)
+    assert TextEncoder(section(t5_folder, max_tokens=700), CPU)(["red " * 800]).lengths == (700,)
 
 
 def test_a_hub_that_does_not_answer_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

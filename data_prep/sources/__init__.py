@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import pkgutil
 import sys
 import tempfile
@@ -23,10 +24,10 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field
 from tqdm import tqdm
 
-from data_prep.recaptions import read_unit_captions
+from data_prep.recaptions import check_keys, read_unit_captions
 from data_prep.work import FULL_DISK, TEMPORARY
 from star_dist.config import Section, StorageSection, parse_config
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from star_dist.object_store import FolderStore, ObjectStore, open_store
 
 CaptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -48,8 +49,8 @@ class SourceOptions(Section):
 class FileOptions(SourceOptions):
     """What the kinds take whose units are files of many pictures.
 
-    damaged_units: whether a file that is not whole stops the job, or is left out, counted and listed as one picture
-    would be. It decides nothing else of the result, so a job that has stopped may go on with the other value.
+    damaged_units: whether a file that is not whole stops the job, or what is lost of it is left out, counted and listed
+    as pictures are. It decides nothing else of the result, so a job that has stopped may go on with the other value.
     """
 
     damaged_units: Literal["stop", "skip"] = "stop"
@@ -91,6 +92,13 @@ class Unit(Protocol):
     def __iter__(self) -> Iterator[SourceItem]: ...
 
 
+class FileUnit(Unit, Protocol):
+    """The items of one file."""
+
+    def keys(self) -> Iterator[str]:
+        """Keys of all items, without their pictures; raises DamagedUnit where they cannot be read."""
+
+
 def parse_fields(data: bytes) -> dict[str, Any]:
     """The object in a .json that somebody else wrote.
 
@@ -98,7 +106,7 @@ def parse_fields(data: bytes) -> dict[str, Any]:
         DamagedFields: it is none, or one that Python does not read: nested too deeply, integers of thousands of digits.
     """
     try:
-        values = json.loads(data.decode("utf-8"))
+        values = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise DamagedFields(".json is not UTF-8") from None
     except (ValueError, RecursionError):
@@ -115,7 +123,7 @@ def parse_text(data: bytes) -> str:
         DamagedFields: it is not UTF-8.
     """
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DamagedFields(".txt is not UTF-8") from None
 
@@ -181,6 +189,33 @@ class SourceBase:
                 scores[name] = float(fields[name]) if name in fields else math.nan
         return Description(captions, {name: score for name, score in scores.items() if not math.isnan(score)})
 
+    def add_text(self, fields: dict[str, Any], read: Callable[[], bytes]) -> None:
+        """Fills the field of the first caption with the .txt that `read` gives, where the .json has no caption there.
+
+        Raises:
+            DamagedFields: the .txt is not UTF-8.
+        """
+        first = next(iter(self.options.captions.values()))
+        caption = fields.get(first)
+        if not isinstance(caption, str) or not caption.strip():
+            fields[first] = parse_text(read())
+
+    def read_file(self, name: str) -> bytes:
+        """The bytes of one file of the source.
+
+        Raises:
+            OSError: this file cannot be read; Unreachable where the whole folder is away.
+        """
+        try:
+            return self.store.read(name)
+        except OSError as error:
+            if isinstance(self.store, FolderStore) and not _has_entries(self.store.path):
+                raise Unreachable(
+                    f"cannot read {self.options.path}/{name}: {error.strerror}, and source.path {self.options.path} is "
+                    f"no longer a folder with anything in it; mount it and run the same command again"
+                ) from None
+            raise
+
     def recaption_stores(self) -> dict[str, ObjectStore]:
         """Where each re-captioning's files are, by the name of the caption."""
         return {name: self._open_store(url) for name, url in self.options.recaptions.items()}
@@ -206,11 +241,14 @@ class FileSource(SourceBase):
     def open(self, unit: str) -> Unit:
         recaptions = read_unit_captions(self._recaption_stores, self.caption_file(unit, ""))
         try:
-            return self.open_file(unit, recaptions)
+            opened = self.open_file(unit, recaptions)
         except DamagedUnit as error:
             return list(self.without_damaged(error, [unit]))
+        with contextlib.suppress(DamagedUnit):  # whoever reads the items comes to it
+            check_keys(recaptions, opened.keys, f"{self.options.path}/{unit}")
+        return opened
 
-    def open_file(self, unit: str, recaptions: Mapping[str, Mapping[str, str]]) -> Unit:
+    def open_file(self, unit: str, recaptions: Mapping[str, Mapping[str, str]]) -> FileUnit:
         """The items of a file; recaptions: by name, then by key.
 
         Raises:
@@ -241,6 +279,15 @@ class FileSource(SourceBase):
                 raise
             place = f"{self.options.path}/{unit}"
             raise UserError(f"cannot read {place}: {error.strerror or error}; run the same command again") from None
+
+
+def _has_entries(folder: Path) -> bool:
+    """False for what is no folder, may not be read, or is an empty place to mount something at."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
 
 
 def open_units(source: SourceBase, names: Iterable[str]) -> Iterator[Unit]:

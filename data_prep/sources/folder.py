@@ -2,7 +2,7 @@
 
 PATH/captions.jsonl      {"file": "hearts/red.png", "caption": "a red heart", "aesthetic": 6.1} per line
 PATH/captions.csv        or the same as columns under a header: file,caption,aesthetic
-PATH/hearts/red.png      where there is neither: hearts/red.txt holds the caption, or hearts/red.json the fields
+PATH/hearts/red.png      where there is neither: hearts/red.json holds the fields, hearts/red.txt a caption they lack
 
 A listing's pictures are exactly those taken; without one every picture file is, whether captioned or not. Units are
 pictures, and a picture's key is its path inside the folder.
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_prep.recaptions import read_all_captions
+from data_prep.recaptions import check_keys, read_all_captions
 from data_prep.sources import (
     DamagedFields,
     Description,
@@ -27,7 +27,6 @@ from data_prep.sources import (
     SourceItem,
     SourceOptions,
     parse_fields,
-    parse_text,
 )
 from star_dist.config import StorageSection
 from star_dist.data.pictures import PICTURE_SUFFIXES
@@ -67,9 +66,10 @@ class Source(SourceBase):
         if not self.units:
             raise UserError(f"no picture is listed or found at {options.path}; change source.path")
         self._recaptions = read_all_captions(self.recaption_stores())
+        check_keys(self._recaptions, lambda: self.units, options.path)
 
     def open(self, unit: str) -> Sequence[SourceItem]:
-        return [SourceItem(unit, partial(self._describe, unit), partial(self.store.read, unit))]
+        return [SourceItem(unit, partial(self._describe, unit), partial(self.read_file, unit))]
 
     def caption_file(self, unit: str, partition_name: str) -> str:
         return f"{partition_name}.jsonl"
@@ -89,7 +89,7 @@ class Source(SourceBase):
         if not names:
             raise UserError(f"no folder of pictures at {self.options.path}; change source.path")
         pictures = sorted(name for name in names if PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES)
-        candidates = {str(PurePosixPath(name).with_suffix(suffix)) for name in pictures for suffix in SIDECARS}
+        candidates = {_beside(name, suffix) for name in pictures for suffix in SIDECARS}
         sidecars = frozenset(candidates & names)
         if not sidecars:
             raise UserError(
@@ -99,18 +99,19 @@ class Source(SourceBase):
         return pictures, sidecars
 
     def _fields_beside(self, key: str) -> dict[str, Any]:
-        """A .json's fields; a .txt is the first caption. Both may be there."""
+        """A .json's fields; a .txt is the first caption where they have none. Both may be there."""
         fields: dict[str, Any] = {}
-        for suffix in SIDECARS:
-            name = str(PurePosixPath(key).with_suffix(suffix))
-            if name not in self._sidecars:
-                continue
-            data = self.store.read(name)
-            if suffix == ".txt":
-                fields[next(iter(self.options.captions.values()))] = parse_text(data)
-            else:
-                fields |= parse_fields(data)
+        table, text = (_beside(key, suffix) for suffix in SIDECARS)
+        if table in self._sidecars:
+            fields = parse_fields(self.read_file(table))
+        if text in self._sidecars:
+            self.add_text(fields, partial(self.read_file, text))
         return fields
+
+
+def _beside(picture: str, suffix: str) -> str:
+    """The picture's name with another suffix; a key of S3 may hold `//`, which a path would lose."""
+    return picture.removesuffix(PurePosixPath(picture).suffix) + suffix
 
 
 def _decoded(data: bytes, place: str) -> tuple[str, str]:
@@ -158,4 +159,6 @@ def _add(rows: Rows, values: Any, where: str, line: str) -> None:
         raise UserError(f'{where} must have "file" with a string, got {line.strip()[:80]}')
     if not file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
         raise UserError(f"{where}: file {file!r} must be a path inside the folder")
+    if file != str(PurePosixPath(file)):  # the same picture could be listed under several names
+        raise UserError(f"{where}: file {file!r} must be written as {str(PurePosixPath(file))!r}")
     rows[file] = None if file in rows else {name: value for name, value in values.items() if name != "file"}

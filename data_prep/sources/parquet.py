@@ -84,28 +84,36 @@ class _ParquetFile:
         return self.file.metadata.num_rows
 
     def __iter__(self) -> Iterator[SourceItem]:
-        key_column = self.source.options.key_column
         row = 0
         try:
-            for fields in self._rows():
-                value = fields[key_column] if key_column is not None else None
-                key = self._row_key(row) if value is None else str(value)
+            for fields in self._rows(self.columns):
+                key = self._key(fields, row)
                 picture = fields.pop(self.source.options.image_column)
                 yield SourceItem(key, partial(self._describe, key, picture, fields), partial(self._read, picture))
                 row += 1
         except DamagedUnit as error:
             yield from self.source.without_damaged(error, map(self._row_key, range(row, len(self))))
 
+    def keys(self) -> Iterator[str]:
+        key_column = self.source.options.key_column
+        if key_column is None:
+            return map(self._row_key, range(len(self)))
+        return (self._key(fields, row) for row, fields in enumerate(self._rows([key_column])))
+
+    def _key(self, fields: Mapping[str, Any], row: int) -> str:
+        value = fields.get(self.source.options.key_column)
+        return self._row_key(row) if value is None else str(value)
+
     def _row_key(self, row: int) -> str:
         return f"{self.unit}/{row:08}"
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Raises DamagedUnit at pages that are damaged."""
         import pyarrow
 
         try:
             for group in range(self.file.num_row_groups):  # one by one: damage in one leaves those before it alone
-                for batch in self.file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=self.columns):
+                for batch in self.file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
                     try:
                         yield from batch.to_pylist()
                     except UnicodeDecodeError:  # pyarrow does not check text when it reads
@@ -153,4 +161,4 @@ class _ParquetFile:
         path = PurePosixPath(picture["path"])
         if path.is_absolute() or ".." in path.parts or "\0" in str(path):
             raise FileNotFoundError(2, "path outside of the source", str(path))
-        return self.source.store.read(str(PurePosixPath(self.unit).parent / path))
+        return self.source.read_file(str(PurePosixPath(self.unit).parent / path))

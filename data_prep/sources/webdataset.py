@@ -1,7 +1,7 @@
 """WebDataset tars as img2dataset writes them: for each sample KEY.jpg, KEY.txt and KEY.json, in one run of members.
 
-The .txt is the first caption, the .json's fields are the others and the scores. Units are tars; those on S3 are copied
-to a temporary file first. A picture's key is the tar's path and the sample's key.
+The .json's fields are captions and scores; the .txt is the first caption where the .json has none. Units are tars;
+those on S3 are copied to a temporary file first. A picture's key is the tar's path and the sample's key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from data_prep.sources import (
     FileSource,
     SourceItem,
     parse_fields,
-    parse_text,
 )
 from star_dist.data.pictures import PICTURE_SUFFIXES
 
@@ -59,9 +58,15 @@ class _Tar:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def keys(self) -> Iterator[str]:
+        return map(self._name, self.samples)
+
     def __iter__(self) -> Iterator[SourceItem]:
         for key in self.samples:
-            yield SourceItem(f"{self.unit}/{key}", partial(self._describe, key), partial(self._read_picture, key))
+            yield SourceItem(self._name(key), partial(self._describe, key), partial(self._read_picture, key))
+
+    def _name(self, key: str) -> str:
+        return f"{self.unit}/{key}"
 
     def _members(self) -> list[tarfile.TarInfo]:
         """Raises DamagedUnit for a tar that ends too early, which the library takes for its end in some places."""
@@ -92,9 +97,9 @@ class _Tar:
             if ".json" in sample:
                 fields = parse_fields(self._read(sample[".json"]))
             if ".txt" in sample:
-                fields[next(iter(self.source.options.captions.values()))] = parse_text(self._read(sample[".txt"]))
+                self.source.add_text(fields, partial(self._read, sample[".txt"]))
         except DamagedFields as error:
             return Description(problem=str(error))
-        name = f"{self.unit}/{key}"
+        name = self._name(key)
         recaptions = {caption: texts[name] for caption, texts in self.recaptions.items() if name in texts}
         return self.source.description(fields, recaptions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable
 from typing import Any
@@ -41,7 +42,8 @@ SECTIONS = (
 )
 
 # Fields of DeepSpeed 0.19's DeepSpeedZeroConfig (tests/test_config.py compares), without what it has deprecated and
-# what `star_dist.train.sharded_state` cannot read or this model has no use for: offloading to NVMe, ZenFlow, MuON.
+# what `star_dist.train.sharded_state` cannot read or this model has no use for: offloading to NVMe, gradients in
+# round-robin order, ZenFlow, MuON.
 ZERO_KEYS = (
     "allgather_bucket_size",
     "allgather_partitions",
@@ -57,7 +59,6 @@ ZERO_KEYS = (
     "override_module_apply",
     "reduce_bucket_size",
     "reduce_scatter",
-    "round_robin_gradients",
     "stage",
     "stage3_allgather_sequential",
     "stage3_max_live_parameters",
@@ -86,15 +87,38 @@ def check_deepspeed_section(section: dict[str, Any], zero_stage: int, precision:
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ValueError(f"deepspeed.zero_optimization must be an object, got {zero!r}")
+    if "round_robin_gradients" in zero:
+        raise ValueError(
+            "deepspeed.zero_optimization.round_robin_gradients orders the optimizer's masters otherwise than "
+            "DeepSpeed's own map of them says, so that checkpoints would hold weights under wrong names; remove it"
+        )
     _check_names("deepspeed.zero_optimization", zero, ZERO_KEYS, ZERO_KEYS)
     for key, source in DERIVED_KEYS.items():
         if look_up(section, key) is not None:
             raise ValueError(f"deepspeed.{key} is derived from {source}; set it there and remove it here")
-    for key in ("offload_optimizer", "offload_param"):
+    for key, first_stage in (("offload_optimizer", 1), ("offload_param", 3)):
         device = look_up(zero, f"{key}.device")
         if device == "nvme":
             raise ValueError(
                 f"deepspeed.zero_optimization.{key}.device is nvme, which checkpoints cannot read; use cpu"
+            )
+        if device not in (None, "none") and zero_stage < first_stage:
+            raise ValueError(
+                f"deepspeed.zero_optimization.{key}.device is {device}, but DeepSpeed ignores it at train.zero_stage "
+                f"{zero_stage}; set the stage to {first_stage} or more, or remove it"
+            )
+    ratio = look_up(zero, "offload_optimizer.ratio")
+    if ratio not in (None, 1):
+        raise ValueError(
+            f"deepspeed.zero_optimization.offload_optimizer.ratio is {ratio}, but DeepSpeed offloads a part with an "
+            f"optimizer of its own only; remove it"
+        )
+    for key, neutral in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+        value = section.get(key, neutral)
+        if value != neutral and zero_stage >= 2 and zero.get("reduce_scatter", True):
+            raise ValueError(
+                f"deepspeed.{key} is {value}, but DeepSpeed cannot do that at train.zero_stage {zero_stage} with "
+                f"zero_optimization.reduce_scatter; set that to false, or remove {key}"
             )
     accumulation = look_up(section, "data_types.grad_accum_dtype")
     if accumulation is not None and (accumulation != "fp32" or precision != "bf16" or zero_stage < 2):
@@ -103,6 +127,16 @@ def check_deepspeed_section(section: dict[str, Any], zero_stage: int, precision:
             f"train.zero_stage {zero_stage}; it can be fp32, with bf16 at stage 2 or 3, and is precision's own "
             f"otherwise: remove it"
         )
+
+
+def accepted_zero_stages(section: dict[str, Any], stages: Iterable[int], precision: str) -> list[int]:
+    """Those of some stages at which `check_deepspeed_section` refuses nothing."""
+    accepted = []
+    for stage in stages:
+        with contextlib.suppress(ValueError):
+            check_deepspeed_section(section, stage, precision)
+            accepted.append(stage)
+    return accepted
 
 
 def _check_names(place: str, values: dict[str, Any], allowed: Iterable[str], suggested: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from star_dist.config.base import Count, Endpoint, Fraction, Positive, Section
+from star_dist.config.base import Count, Endpoint, Positive, Section
 from star_dist.config.run import TextSection
 from star_dist.scales import ScaleSchedule
 
@@ -60,7 +60,7 @@ class PrepConfig(Section):
     resolution: Positive | None = None
     scales: tuple[Positive, ...] | None = None
     resolutions: tuple[ResolutionSection, ...] = ()
-    validation_fraction: Fraction = 0.0
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     text_features: TextSection | None = None
     batch: Positive = 64
     chunk: Positive = 4096
@@ -69,7 +69,7 @@ class PrepConfig(Section):
     min_caption_chars: Positive = 1
     max_caption_chars: Positive = 2000
     min_scores: dict[str, float] = {}
-    shard_size_bytes: Positive = 64 * 2**20
+    shard_size_bytes: Annotated[int, Field(gt=0, lt=2**32)] = 64 * 2**20  # MDS has offsets of 32 bits
     attribution: str = ""
 
     @model_validator(mode="after")

@@ -309,6 +309,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"samples.every is {self.samples.every} but samples.prompts is empty; give prompts or set it to 0"
             )
+        if self.health.on_spike == "rollback" and self.checkpoint.keep_last < 2:
+            raise ValueError(
+                f"health.on_spike is rollback with checkpoint.keep_last {self.checkpoint.keep_last}, but the newest "
+                f"checkpoint may hold the spike already; set keep_last to 2 or more"
+            )
         train = self.train
         if train.zero_stage not in train.possible_zero_stages:
             raise ValueError(

@@ -28,7 +28,11 @@ class TokenizerLossSection(Section):
 
 
 class TokenizerDataSection(Section):
-    """A folder of pictures, taken with all its sub-folders. keep_in_memory: decode each picture only once."""
+    """A folder of pictures, taken with all its sub-folders.
+
+    keep_in_memory: every rank's loader workers (or the rank itself, with `num_workers` 0) decode a picture only once,
+    and each keeps copies of its own.
+    """
 
     pictures: str
     num_workers: Count = 2

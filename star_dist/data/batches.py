@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from star_dist.config import RunConfig
 from star_dist.data.dataset import SHARD_ADVICE, CaptionedTokens, MicroBatch, collate
+from star_dist.data.loading import leave_sigterm_to_the_rank, next_batch
 from star_dist.data.schema import DatasetMetadata
 from star_dist.errors import Unreachable, UserError
 
@@ -61,6 +62,7 @@ class TrainBatches:
             prefetch_factor=data.prefetch_batches if data.num_workers else None,
             collate_fn=collate,
             drop_last=True,
+            worker_init_fn=leave_sigterm_to_the_rank,
             # A worker that waits for a shard whose download failed in another worker would wait for ever.
             timeout=data.batch_timeout_s if data.num_workers else 0,
         )
@@ -84,11 +86,7 @@ class TrainBatches:
             batches = iter(self.loader)
             for i in range(remaining):
                 try:
-                    samples = next(batches)
-                except UserError as error:  # a loader worker sends it with its traceback before the message
-                    kind = type(error)
-                    prefix = f"{kind.__module__}.{kind.__qualname__}: "
-                    raise kind(str(error).strip().splitlines()[-1].removeprefix(prefix)) from None
+                    samples = next_batch(batches)
                 except RuntimeError as error:
                     if "timed out" not in str(error):
                         raise

@@ -14,12 +14,14 @@ def choose_caption(
 ) -> str:
     """The name of one caption: drawn by weight among those available, or the first where there are no weights.
 
+    `available` is in the data set's order, which decides what a draw means; the order of the weights has no influence.
+
     Raises:
         KeyError: none of the available captions has a weight (`schema.check_matches` refuses such data sets).
     """
     if not weights:
         return next(iter(available))
-    names = [name for name in weights if name in available]
+    names = [name for name in available if name in weights]
     if not names:
         raise KeyError(f"sample {sample_id} has captions {list(available)}, weights are for {list(weights)}")
     cumulative = np.cumsum([weights[name] for name in names])

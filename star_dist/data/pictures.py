@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,10 +14,16 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"})
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+# What is wrong with one file's name or rights; anything else is the storage's fault, and no reason to drop a picture.
+FILE_FAULTS = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+)
+READ_ATTEMPTS = 5
+FIRST_PAUSE_S = 1.0  # between attempts; each next one is twice as long
 UPRIGHT = {  # what undoes each orientation of EXIF but 1
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -92,7 +100,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey pictures of 16 bits, 32 bits or floats, by the range that their values are in; (0, 1) for floats."""
+    """Grey pictures of more than 8 bits: floats count from 0 to 1, integers as 16 bits, also where 32 hold them."""
     values = np.asarray(image)
     if image.mode == "F":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
@@ -143,6 +151,7 @@ class PictureFiles(torch.utils.data.Dataset):
 
     Raises:
         UnreadablePicture: from `__getitem__`, with the file's name.
+        Unreachable: from `__getitem__`, where the storage fails, so that nothing is known of the picture.
     """
 
     def __init__(self, paths: Sequence[Path], side: int) -> None:
@@ -155,6 +164,19 @@ class PictureFiles(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Tensor:
         path = self.paths[index]
         try:
-            return to_tensor(crop_and_resize(decode_picture(path.read_bytes()), self.side))
+            return to_tensor(crop_and_resize(decode_picture(_read_file(path)), self.side))
         except UnreadablePicture as error:
             raise UnreadablePicture(f"{path}: {error}") from None
+
+
+def _read_file(path: Path) -> bytes:
+    for attempt in range(READ_ATTEMPTS):
+        if attempt:
+            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno in FILE_FAULTS:
+                raise UnreadablePicture(f"unreadable file: {error.strerror}") from None
+            reason = error.strerror
+    raise Unreachable(f"cannot read {path}: {reason}, {READ_ATTEMPTS} times; try again when the storage answers")

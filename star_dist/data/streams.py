@@ -16,9 +16,10 @@ from streaming.base.world import World
 from star_dist.config import DataSection
 from star_dist.data.open_shards import OpenShard
 from star_dist.data.schema import SHARD_HASH
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from star_dist.files import try_lock
 from star_dist.object_store import ENDPOINT_VARIABLE
+from star_dist.run_folder import LOST_FILE_SYSTEM
 
 FIRST_PAUSE_S = 0.5  # before a shard with the wrong bytes is fetched again; doubles each time
 CACHE_LOCK_FILE = "star_dist.lock"
@@ -102,7 +103,8 @@ def claim_caches(data: DataSection) -> list[IO[str]]:
     Two trainings in one cache would evict each other's shards. The kernel gives the folders back when this ends.
 
     Raises:
-        UserError: another training on this host uses one of them, or it cannot be written.
+        Unreachable: another training on this host uses one of them and may be ending, or its file system is lost.
+        UserError: it cannot be written.
     """
     locks = []
     for source in data.all_sources:
@@ -113,11 +115,12 @@ def claim_caches(data: DataSection) -> list[IO[str]]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = try_lock(folder / CACHE_LOCK_FILE)
         except OSError as error:
-            raise UserError(f"cannot write to the cache {folder} of {source.remote}: {error.strerror}") from None
+            kind = Unreachable if error.errno in LOST_FILE_SYSTEM else UserError
+            raise kind(f"cannot write to the cache {folder} of {source.remote}: {error.strerror}") from None
         if lock is None:
-            raise UserError(
-                f"another training on this host uses the cache {folder} of {source.remote}; set data.local to a "
-                f"folder of its own"
+            raise Unreachable(
+                f"another training on this host uses the cache {folder} of {source.remote}; wait for it, or set "
+                f"data.local to a folder of its own"
             )
         locks.append(lock)
     return locks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from star_dist.errors import UserError
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from star_dist.inference.pipeline import StarPipeline
 
 MAX_SEED = 2**63 - 1
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,3 +53,15 @@ def check_seeds(first: int, count: int) -> None:
     """
     if not 0 <= first <= MAX_SEED - count + 1:
         raise UserError(f"--seed must lie in 0..{MAX_SEED - count + 1} for {count} pictures, got {first}")
+
+
+def picture_path(out: str) -> Path:
+    """Where --out says that a picture goes, checked before anything is drawn.
+
+    Raises:
+        UserError: it ends in no picture's suffix.
+    """
+    path = Path(out)
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"--out {path} must end in .png or .jpg")
+    return path

@@ -13,6 +13,7 @@ from typing import Any
 from star_dist.errors import UserError
 
 INFINITY = float("inf")
+SMALLEST_DIVISOR = 1e-6  # what is divided by less could overflow float32
 BY_SCALE = ("top_k", "top_p", "temperature", "smoothing")
 
 
@@ -34,9 +35,10 @@ class SamplingOptions:
     guidance: 0 is off; it grows linearly over the scales, from 0 at the first to this value at the last (the published
     rule, golden/README.md). guidance_by_scale: strengths of the scales, 0 for none, in place of that ramp.
     top_k: keep the k likeliest tokens; 0 is off, 1 is greedy. top_p: keep the likeliest tokens that together hold p;
-    0 is off. temperature: divides the logits. smoothing: 0 is off; else the code that goes on to the next scale and
-    into the picture is a mixture of the kept codes, softmax((log p + Gumbel noise) / smoothing), whose largest weight
-    is the drawn token's; VAR's demonstration pictures use 0.27 at the first scale down to 0.005.
+    0 is off. temperature: divides the logits; 1e-6 or more. smoothing: 0 is off; else, from 1e-6 on, the code that goes
+    on to the next scale and into the picture is a mixture of the kept codes, softmax((log p + Gumbel noise) /
+    smoothing), whose largest weight is the drawn token's; VAR's demonstration pictures use 0.27 at the first scale down
+    to 0.005.
 
     Raises:
         UserError: a value out of range.
@@ -54,8 +56,10 @@ class SamplingOptions:
             ("guidance", (self.guidance, *(self.guidance_by_scale or ())), lambda v: 0 <= v < INFINITY, "be 0 or more"),
             ("top_k", _values(self.top_k), lambda v: v >= 0, "be 0 or more"),
             ("top_p", _values(self.top_p), lambda v: 0 <= v <= 1, "lie in 0..1"),
-            ("temperature", _values(self.temperature), lambda v: 0 < v < INFINITY, "be above 0"),
-            ("smoothing", _values(self.smoothing), lambda v: 0 <= v < INFINITY, "be 0 or more"),
+            ("temperature", _values(self.temperature), lambda v: SMALLEST_DIVISOR <= v < INFINITY,
+             f"be {SMALLEST_DIVISOR} or more (top_k 1 is greedy)"),
+            ("smoothing", _values(self.smoothing), lambda v: v == 0 or SMALLEST_DIVISOR <= v < INFINITY,
+             f"be 0 (off) or {SMALLEST_DIVISOR} or more"),
         )  # fmt: skip
         for name, values, holds, said in checks:
             for value in values:

@@ -100,10 +100,10 @@ class StarPipeline:
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         config, model = load_model(folder, dtype)
         copied = folder / TEXT_ENCODER_FOLDER
-        text = config.text.model_copy(update={"encoder": str(copied)}) if copied.is_dir() else config.text
+        encoder = TextEncoder(config.text, device, copy=copied if copied.is_dir() else None)
         tokenizer = load_export_tokenizer(folder, config)
         extras = load_public_extras(folder)
-        return cls(model.to(device), tokenizer.to(device), TextEncoder(text, device), config, extras).accelerate()
+        return cls(model.to(device), tokenizer.to(device), encoder, config, extras).accelerate()
 
     def save_pretrained(self, folder: str | Path, dtype: Literal["bf16", "fp32"] | None = None) -> None:
         """Writes an inference folder that `from_pretrained` reads. dtype: of the transformer; null is what it runs in.
@@ -128,6 +128,7 @@ class StarPipeline:
             ),
             self.tokenizer,
             self.public_extras,
+            self.text_encoder.copy,
         )
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> StarPipeline:
@@ -196,7 +197,7 @@ class StarPipeline:
         on_scale: called after every scale; what it raises ends the drawing.
 
         Raises:
-            UserError: not one seed per prompt, or options for another number of scales.
+            UserError: no prompt, not one seed per prompt, or options for another number of scales.
         """
 
         def preview(drawn: SampledScale) -> None:
@@ -217,6 +218,8 @@ class StarPipeline:
     ) -> SampledPictures:
         """Tokens and latents in place of pictures; see `__call__`."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise UserError("there is no prompt; give at least one")
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         text, empty = self.text_encoder(prompts), self.text_encoder([""])
         return sample_pictures(

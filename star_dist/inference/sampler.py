@@ -69,11 +69,12 @@ def sample_pictures(
     """Draws one picture per caption. Tokens never leave the device.
 
     seeds: one per picture; a picture's random numbers depend on its own seed, not on the batch it is in (the logits
-    may differ in their last bits with the batch, as matrix products do). empty_text: features of one empty caption,
-    for the unconditional half under guidance. Scales after the last guided one run without that half; earlier ones
-    run with it also where their own guidance is 0, because later ones need its keys and values. reserve: gives the
-    model with room for a number of rows and of text tokens of each, where it is kept from one drawing to the next
-    (`acceleration.py`); null makes one that runs operation by operation.
+    may differ in their last bits with the batch, as matrix products do: in fp32 that hardly ever changes a token, in
+    bf16 it does). empty_text: features of one empty caption, for the unconditional half under guidance. Scales after
+    the last guided one run without that half; earlier ones run with it also where their own guidance is 0, because
+    later ones need its keys and values. reserve: gives the model with room for a number of rows and of text tokens of
+    each, where it is kept from one drawing to the next (`acceleration.py`); null makes one that runs operation by
+    operation.
 
     Raises:
         UserError: not one seed per caption, or options for another number of scales.

@@ -8,7 +8,9 @@ from __future__ import annotations
 from star_dist.model.config import StarConfig
 from star_dist.scales import ScaleSchedule
 
-TRAINING_OVER_FORWARD = 3  # the backward pass repeats every product twice, for inputs and for weights
+# The backward pass repeats every product twice, for the gradient of its weights and of its inputs. The inputs of these
+# parts, texts and latents, have none.
+PARTS_WITHOUT_INPUT_GRADIENT = ("text_projections", "embedding")
 
 
 def forward_flops(config: StarConfig, schedule: ScaleSchedule, text_tokens: int) -> dict[str, int]:
@@ -20,7 +22,8 @@ def forward_flops(config: StarConfig, schedule: ScaleSchedule, text_tokens: int)
         "feed_forward": 2 * tokens * 2 * config.ffn_ratio * width**2,
     }
     if config.cross_attention:
-        per_block["cross_attention_projections"] = 4 * tokens * width**2 + 4 * text_tokens * config.text_width * width
+        per_block["cross_attention_projections"] = 4 * tokens * width**2
+        per_block["text_projections"] = 4 * text_tokens * config.text_width * width
         per_block["cross_attention"] = 4 * width * tokens * text_tokens
     parts = {name: config.depth * flops for name, flops in per_block.items()}
     parts["embedding"] = 2 * tokens * config.code_dim * width + 2 * config.text_width * width
@@ -29,5 +32,8 @@ def forward_flops(config: StarConfig, schedule: ScaleSchedule, text_tokens: int)
 
 
 def training_flops(config: StarConfig, schedule: ScaleSchedule, text_tokens: int) -> int:
-    """FLOPs of one picture's forward and backward pass."""
-    return TRAINING_OVER_FORWARD * sum(forward_flops(config, schedule, text_tokens).values())
+    """FLOPs of one picture's forward and backward pass; what is computed again (checkpointing, the head's logits) does
+    not count.
+    """
+    parts = forward_flops(config, schedule, text_tokens)
+    return sum((2 if part in PARTS_WITHOUT_INPUT_GRADIENT else 3) * flops for part, flops in parts.items())

@@ -9,7 +9,9 @@
     GET    /api/jobs/ID/pictures/I.png       picture I
     DELETE /api/jobs/ID                      cancels it
 
-Every error is {"error": "one sentence"}.
+Every error is {"error": "one sentence"}: 400 a host that is not this server's, 404 no such path, drawing or picture,
+405 another method, 413 a request that is too large, 422 and 503 as above. (Beyond its limit of connections uvicorn
+answers 503 by itself, in plain text.)
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from star_dist.errors import UserError
@@ -51,8 +54,8 @@ PICTURE_HEADERS = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Op
 def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[str] | None) -> FastAPI:
     """The application around a loaded model.
 
-    name: shown on the page. hosts: names that requests may address, against pages elsewhere that point their own name
-    at this machine; null allows any.
+    name: shown on the page. hosts: names and addresses that requests may be sent to, against pages elsewhere that
+    point their own name at this machine; null allows any.
     """
     worker = Worker(pipeline, limits)
     tokenizer = copy.deepcopy(pipeline.text_encoder.tokenizer)  # the drawing thread's own may not be used from here
@@ -66,7 +69,7 @@ def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[st
     app = FastAPI(title=name, lifespan=run_worker, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, limit=limits.body_bytes)
     if hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+        app.add_middleware(HostCheck, hosts=hosts)
 
     for kind, handler in ERROR_HANDLERS.items():
         app.add_exception_handler(kind, handler)
@@ -164,6 +167,26 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
 
 
 ERROR_HANDLERS = {UserError: _user_error, RequestValidationError: _invalid_request, HTTPException: _http_error}
+
+
+class HostCheck:
+    """Refuses requests that are sent to another name than the given ones. hosts: without port and brackets."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self.app = app
+        self.hosts = {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            sent_to = Headers(scope=scope).get("host", "")
+            try:
+                known = urlsplit(f"//{sent_to}").hostname in self.hosts
+            except ValueError:  # brackets that hold no address
+                known = False
+            if not known:
+                refusal = _error(400, f"the request is for host {sent_to!r}; open the address that the server printed")
+                return await refusal(scope, receive, send)
+        return await self.app(scope, receive, send)
 
 
 class BodyLimit:

@@ -1,7 +1,7 @@
 """One worker that draws job after job, a bounded queue before it, and the last finished jobs' pictures in memory.
 
-Previews are thumbnails: a latent larger than they are is averaged before it is decoded, so that the drawing waits
-little for them. The pictures themselves are decoded in full.
+Previews are thumbnails, of at most half the picture's side: the latent is averaged before it is decoded, so that the
+drawing waits little for them. The pictures themselves are decoded in full.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ class Worker:
     def __init__(self, pipeline: StarPipeline, limits: Limits) -> None:
         self.pipeline = pipeline
         self.limits = limits
-        # Decoding averages of the latent's cells gives a small picture at a small part of the cost.
+        # Decoding averages of the latent's cells gives a small picture at a small part of the cost. Half the side at
+        # most, else every scale of a model of small pictures would cost as much as the picture itself.
         cells = PREVIEW_SIDE // pipeline.tokenizer.config.downsampling
-        self.preview_cells = max(1, min(cells, pipeline.schedule.latent_side))
+        self.preview_cells = max(1, min(cells, pipeline.schedule.latent_side // 2))
         self.jobs: OrderedDict[str, Job] = OrderedDict()  # in their order of arrival
         self.changed = threading.Condition()  # held where jobs come and go, and where one begins or is cancelled
         self.stopping = False

@@ -15,7 +15,7 @@ from star_dist.inference.pipeline import StarPipeline
 from star_dist.serve.app import create_app
 from star_dist.serve.limits import Limits
 
-LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]"]
+LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "::1"]
 MAX_CONNECTIONS = 256
 STOP_S = 5
 
@@ -34,7 +34,7 @@ def serve(load: Callable[[], StarPipeline], host: str, port: int, limits: Limits
     name = pipeline.origin.run_name if pipeline.origin else "star"
     if not loopback:
         print(f"warning: {host} can be reached from other machines, and this page has no password", file=sys.stderr)
-    app = create_app(pipeline, name, limits, LOOPBACK_HOSTS if loopback else None)
+    app = create_app(pipeline, name, limits, [*LOOPBACK_HOSTS, host] if loopback else None)
     config = uvicorn.Config(
         app, log_level="warning", limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=STOP_S
     )

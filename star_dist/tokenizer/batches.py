@@ -13,19 +13,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from star_dist.data.loading import next_batch
 from star_dist.data.pictures import PICTURE_SUFFIXES, PictureFiles, UnreadablePicture, normalize
 from star_dist.errors import UserError
+from star_dist.object_store import FolderStore
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """All picture files under a folder, sorted.
+    """All picture files under a folder, sorted; links to folders are followed.
 
     Raises:
-        UserError: no such folder, or no pictures in it.
+        UserError: no such folder, no pictures in it, or a folder in it that cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"no folder of pictures at {folder}; change data.pictures")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    files = (folder / entry.name for entry in FolderStore(str(folder)).list())
+    paths = sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
     if not paths:
         raise UserError(f"{folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}); change data.pictures")
     return paths
@@ -34,7 +37,8 @@ def find_pictures(folder: Path) -> list[Path]:
 def fingerprint(paths: list[Path], folder: Path) -> str:
     """Identity of a list of pictures: their names, which decide the order of training."""
     names = "\n".join(path.relative_to(folder).as_posix() for path in paths)
-    return hashlib.sha256(names.encode()).hexdigest()[:16]
+    # A file's name may be no Unicode, which Python holds as lone surrogates.
+    return hashlib.sha256(names.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 @dataclass
@@ -48,7 +52,8 @@ class Batch:
 class ReadablePictures:
     """Pictures by index, where an unreadable one gives way to the next that can be read.
 
-    So every batch is full whatever is damaged, and the same in every run. keep_in_memory: decode each picture once.
+    So every batch is full whatever is damaged, and the same in every run. keep_in_memory: each process decodes a
+    picture once.
     """
 
     def __init__(self, paths: list[Path], side: int, *, keep_in_memory: bool) -> None:
@@ -64,6 +69,7 @@ class ReadablePictures:
 
         Raises:
             UserError: not one picture can be read.
+            Unreachable: the storage fails, so that nothing is known of a picture.
         """
         for i in range(len(self)):
             position = (index + i) % len(self)
@@ -80,7 +86,7 @@ class ReadablePictures:
             return self.kept[position]
         try:
             picture = self.files[position]
-        except (UnreadablePicture, OSError) as error:
+        except UnreadablePicture as error:
             self.unreadable[position] = str(error).removeprefix(f"{self.files.paths[position]}: ")
             return None
         if self.kept is not None:
@@ -122,9 +128,15 @@ class StepBatches(Dataset):
         return picture.flip(-1) if mirrored else picture
 
     def from_step(self, first_step: int, num_steps: int, num_workers: int) -> Iterator[Batch]:
-        """Batches of steps first_step … num_steps - 1."""
+        """Batches of steps first_step … num_steps - 1.
+
+        Raises:
+            UserError: as `ReadablePictures.read`.
+        """
         steps = range(first_step, num_steps)
-        return iter(DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers))
+        batches = iter(DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers))
+        for _ in steps:
+            yield next_batch(batches)
 
 
 @lru_cache(maxsize=2)

@@ -70,7 +70,8 @@ def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
 
     Raises:
         UserError: the run folder holds a run of another configuration or of other pictures, a picture folder or
-            weights file that cannot be used, a batch that the ranks cannot share, or a loss that is not finite.
+            weights file that cannot be used, ranks that find different files there, a batch that the ranks cannot
+            share, or a loss that is not finite.
     """
     run_dir = Path(config.run_dir)
     lock = claim_run_folder(run_dir) if process.rank == 0 else None
@@ -151,6 +152,7 @@ class TokenizerTraining:
                 self.discriminator.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=0.0
             )
         self.first_step = self._load_checkpoint()
+        self._check_ranks_agree()
 
     def run(self) -> None:
         config, rank = self.config, self.process.rank
@@ -367,6 +369,25 @@ class TokenizerTraining:
         if self.process.rank == 0:
             print(f"going on from step {state['step']} of {self.config.steps}", file=sys.stderr)
         return state["step"]
+
+    def _check_ranks_agree(self) -> None:
+        """Nodes may have folders of their own under the same name.
+
+        Raises:
+            UserError: ranks begin at different steps, or with different pictures.
+        """
+        found = self.ranks.gather_objects((self.first_step, self.fingerprint))
+        for rank, (step, pictures) in enumerate(found):
+            if step != found[0][0]:
+                raise UserError(
+                    f"run_dir {self.run_dir} is at step {found[0][0]} on rank 0 and at step {step} on rank {rank}; "
+                    f"give a folder that all nodes share"
+                )
+            if pictures != found[0][1]:
+                raise UserError(
+                    f"data.pictures {self.config.data.pictures} has fingerprint {found[0][1]} on rank 0 and {pictures} "
+                    f"on rank {rank}; give a folder that holds the same files on all nodes"
+                )
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -30,7 +30,8 @@ FREE_SPACE_MARGIN = 1.1  # of a checkpoint's own size: other things grow on the 
 
 # What may change between a checkpoint and the run that goes on from it: nothing here changes what is computed from
 # the same position on, except train.steps, which stretches the learning-rate schedule, and train.micro_batch,
-# train.zero_stage, train.compile and model.attention, which change the order of float sums.
+# train.zero_stage, train.compile and model.attention, which change the order of float sums, and deepspeed, which can
+# also change their rounding on the way between ranks.
 MAY_CHANGE = (
     "name",
     "run_dir",
@@ -61,6 +62,7 @@ MAY_CHANGE = (
     "train.init_from",
     "train.omp_threads",
     "model.attention",
+    "deepspeed",
 )
 
 
@@ -74,13 +76,15 @@ class RunInputs:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: optimizer steps done, by how many ranks it was written, and from what."""
+    """A complete checkpoint: optimizer steps done, by how many ranks it was written, from what, and without which steps
+    of data."""
 
     place: Place
     folder: str
     step: int
     world_size: int
     inputs: RunInputs
+    skipped_data: tuple[int, ...]
     config: dict[str, Any]
 
     @property
@@ -138,7 +142,7 @@ class CheckpointFolder:
         steps = [other for other in self.complete_steps() if at_most is None or other <= at_most]
         if step is not None:
             if step not in steps:
-                raise UserError(f"checkpoint.resume_step is {step}, but {self.place} has complete checkpoints {steps}")
+                raise UserError(f"{self.place} has no complete checkpoint of step {step}, only of steps {steps}")
             return self.open(step)
         damage = None
         for candidate in reversed(steps):
@@ -170,7 +174,10 @@ class CheckpointFolder:
             sizes = self.place.files(folder)
             expected = marker["files"]
             inputs = RunInputs(marker["tokenizer_hash"], tuple(marker["data_hashes"]))
-            checkpoint = Checkpoint(self.place, folder, step, marker["world_size"], inputs, marker["config"])
+            skipped_data = tuple(marker.get("skipped_data", ()))  # absent before 2026-11-28
+            checkpoint = Checkpoint(
+                self.place, folder, step, marker["world_size"], inputs, skipped_data, marker["config"]
+            )
         except OSError as error:
             raise Unreachable(f"cannot read checkpoint {self.place}/{folder}: {error}; {advice}") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -199,7 +206,9 @@ class CheckpointFolder:
             )
         self.place.create(self.name(step))
 
-    def complete(self, step: int, world_size: int, inputs: RunInputs, config: RunConfig) -> None:
+    def complete(
+        self, step: int, world_size: int, inputs: RunInputs, skipped_data: Sequence[int], config: RunConfig
+    ) -> None:
         """Writes the marker, after all ranks have written their files.
 
         Raises:
@@ -217,6 +226,7 @@ class CheckpointFolder:
             "world_size": world_size,
             "tokenizer_hash": inputs.tokenizer_hash,
             "data_hashes": inputs.data_hashes,
+            "skipped_data": skipped_data,
             "files": files,
             "config": json.loads(dump_config(config)),
         }

@@ -45,14 +45,19 @@ def evaluate(folder: Path, config: RunConfig, step: int | None) -> dict[str, flo
     encoder = None if config.data.text_features else TextEncoder(config.text, device, frozen_dtype(config, device))
     schedule = config.schedule
     losses_K, correct_K = torch.zeros(2, len(schedule), device=device)
+    samples = 0
     batches = -(-held_out.num_samples // config.train.micro_batch)
     token_losses = TokenLosses(config, model, tokenizer.quantize, encoder, device)
     for batch, weights_B in tqdm(held_out, total=batches, unit="batch"):
         losses_T, correct_T = token_losses(batch, token_losses.text(batch, None), None)
+        samples += int(weights_B.sum())
         losses_K += by_scale(losses_T, schedule, weights_B.to(device))
         correct_K += by_scale(correct_T, schedule, weights_B.to(device))
-    report = loss_report(schedule, losses_K, correct_K, held_out.num_samples, "validation/")
-    return {"model": str(folder), "step": trained_steps, "num_samples": held_out.num_samples, **report}
+    if samples == 0:
+        raise UserError(f"all {held_out.num_samples} validation samples are in corrupt shards; repair the data set")
+    report = loss_report(schedule, losses_K, correct_K, samples, "validation/")
+    absent = held_out.num_samples - samples
+    return {"model": str(folder), "step": trained_steps, "num_samples": samples, "skipped_samples": absent, **report}
 
 
 def _load(folder: Path, config: RunConfig, step: int | None) -> tuple[STAR, MultiScaleVQVAE, int]:

@@ -8,7 +8,7 @@ Imports no torch, because status and retry commands read it. One event per line;
     end         step, train_s, reason: an attempt that ended in order, or by an error it could still report;
                 exit_code: in order or by a user's mistake, else null
     mistake     rank, reason, exit_code: the UserError of a rank that wrote no `end`, such as before the start
-    failed      exit_code: written by launcher/retry.py after an attempt
+    failed      exit_code, job: written by launcher/retry.py after an attempt
 
 A disk that is full costs events, and never the training.
 """
@@ -73,8 +73,7 @@ class FactsLog:
         self._started = True
         if self._enabled:
             last = max(step, self._last_step)
-            job = os.environ.get("SLURM_JOB_ID")
-            self.write("start", step=step, ranks=ranks, host=platform.node(), job=job, last_step=last)
+            self.write("start", step=step, ranks=ranks, host=platform.node(), job=slurm_job(), last_step=last)
         try:
             yield
         except BaseException as error:
@@ -119,6 +118,11 @@ class FactsLog:
         self._step = to_step
         self._train_s = self._train_s_at.get(to_step, 0.0)
         self._last_end_s = time.perf_counter()
+
+
+def slurm_job() -> str | None:
+    """The number of this Slurm job, which it keeps when it is requeued; None outside of one."""
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def append_event(run_dir: Path, event: str, **values: Any) -> None:
@@ -195,18 +199,20 @@ def summarize(run_dir: Path) -> Summary:
 
 
 def failures_without_progress(run_dir: Path) -> int:
-    """How many attempts in a row have failed without a checkpoint in between."""
-    count = 0
+    """How many attempts in a row have failed without a checkpoint in between; in a Slurm job those of this job, so that
+    one submitted after a job has given up has all its attempts.
+    """
+    job, count = slurm_job(), 0
     for event in reversed(read_events(run_dir)):
         if event["event"] == "checkpoint":
             break
-        count += event["event"] == "failed"
+        count += event["event"] == "failed" and job in (None, event.get("job"))
     return count
 
 
 def this_job_started_from(run_dir: Path, step: int) -> bool:
     """Whether an earlier start of this Slurm job, which has requeued itself since, began at a step."""
-    job = os.environ.get("SLURM_JOB_ID") if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else None
+    job = slurm_job() if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else None
     starts = [event for event in read_events(run_dir) if event["event"] == "start"]
     return job is not None and any((event["job"], event["step"]) == (job, step) for event in starts)
 

@@ -18,18 +18,25 @@ from star_dist.errors import Unreachable, UserError
 from star_dist.files import append_json_line, training_goes_on
 from star_dist.run_folder import METRICS_FILE, keep_metrics_up_to
 
-# Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (without sparsity).
+# Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (half of those with sparsity), looked up from the top. NVL:
+# https://www.nvidia.com/en-us/data-center/h100/ and …/h200/, 1,671 with sparsity. H800 and A800 are H100 and A100 with
+# slower links.
 GPU_PEAK_TFLOPS = {
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
+    "H800 PCIe": 756.0,
+    "H800": 989.0,
     "H20": 148.0,
     "B200": 2250.0,
     "A100": 312.0,
+    "A800": 312.0,
     "L40S": 362.0,
     "A10G": 70.0,
 }
-
+GPU_MATMUL_SIDE = 8192  # large enough for a GPU's full rate
 
 # The training's step as a value of its own: W&B's counter only grows, and drops what comes again after a rollback.
 WANDB_STEP = "step"
@@ -108,12 +115,15 @@ def peak_flops(config: RunConfig, device: torch.device) -> tuple[float, str]:
 
 
 def device_peak_flops(device: torch.device) -> tuple[float, str]:
-    """Dense bf16 peak of a GPU by its data sheet, where there is one in the table, else what a product reaches here."""
+    """Dense bf16 peak of a GPU by its data sheet, where there is one in the table, else what a product reaches here: of
+    bf16 on a GPU, of float32 on a CPU.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for gpu, tflops in GPU_PEAK_TFLOPS.items():
             if gpu in name:
                 return tflops * 1e12, f"data sheet of {gpu}"
+        return measured_matmul_flops(device, GPU_MATMUL_SIDE, dtype=torch.bfloat16), "measured bf16 matrix product"
     return measured_matmul_flops(device), "measured float32 matrix product"
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from star_dist.config import RunConfig
-from star_dist.config.deepspeed import look_up
+from star_dist.config.deepspeed import accepted_zero_stages, look_up
 from star_dist.model.flops import training_flops
 from star_dist.model.size import FLOAT32_BYTES, activation_bytes, parameter_count
 
@@ -134,7 +134,9 @@ def recommended_zero_stage(config: RunConfig, gpus: int, memory_gib: float) -> i
         memory = sum(memory_bytes(run, gpus, config.train.micro_batch).values())
         return communication_bytes(run, gpus), stage == 3, memory, stage
 
-    stages = [stage for stage in config.train.possible_zero_stages if stage or gpus == 1]
+    train = config.train
+    stages = accepted_zero_stages(config.deepspeed, train.possible_zero_stages, train.precision)
+    stages = [stage for stage in stages if stage or gpus == 1]
     fitting = [cost for cost in map(costs, stages) if cost[2] <= usable_bytes(memory_gib)]
     return min(fitting)[3] if fitting else None
 

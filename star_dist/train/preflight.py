@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 from torch.distributed import PrefixStore
 
+from star_dist.cli import UNREACHABLE_EXIT
 from star_dist.config import CheckpointSection, DataSection, RunConfig
 from star_dist.environment import describe_environment
 from star_dist.errors import Unreachable, UserError
@@ -37,8 +38,9 @@ ROUNDS = 3
 
 @dataclass
 class RankCheck:
-    """What one rank found; `facts` must be the same on all nodes; problems, warnings: sentences.
+    """What one rank found; `facts` must be the same on all nodes; problems, unreachable, warnings: sentences.
 
+    unreachable: problems that may be over at another attempt, such as a store that does not answer.
     free_bytes: where the loader's caches are, or else temporary files.
     """
 
@@ -48,7 +50,12 @@ class RankCheck:
     matmul_tflops: float
     free_bytes: int
     problems: list[str] = field(default_factory=list)
+    unreachable: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def add(self, error: OSError | UserError) -> None:
+        """Takes a problem down by its kind."""
+        (self.unreachable if isinstance(error, Unreachable) else self.problems).append(str(error))
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,13 @@ class Preflight:
             lines.append(f"all-reduce over {len(self.ranks)} ranks: {self.all_reduce_gb_per_s:.2f} GB/s")
         return "\n".join(lines)
 
+    @property
+    def exit_code(self) -> int:
+        """Of the command: 0, 1 for bad nodes, or 69 where all that is wrong is out of reach."""
+        unreachable = sum(len(check.unreachable) for check in self.ranks)
+        bad = sum(len(problems) for problems in self.problems.values()) - unreachable
+        return 1 if bad else UNREACHABLE_EXIT if unreachable else 0
+
     def as_json(self) -> dict[str, Any]:
         return {
             "ranks": [asdict(check) for check in self.ranks],
@@ -86,7 +100,7 @@ def preflight(config: RunConfig, process: ProcessInfo) -> Preflight:
     """Runs all checks on all ranks of the job.
 
     Raises:
-        UserError: ranks that do not arrive, with the nodes that did, or a node whose GPUs cannot be used.
+        Unreachable: ranks that do not arrive, with the nodes that did, or a node whose GPUs cannot be used.
     """
     check_gpus_are_there(torch.cuda.is_available())
     device = torch.device("cpu")
@@ -122,7 +136,7 @@ def _meet(process: ProcessInfo, node: str, device: torch.device) -> None:
         time.sleep(0.05 if missing else 0)
     if missing:
         present = {arrivals.get(f"rank {other}").decode() for other in range(world_size) if other not in missing}
-        raise UserError(
+        raise Unreachable(
             f"ranks {missing} did not arrive within {ARRIVAL_TIMEOUT_S} s; those of nodes {sorted(present)} did, so a "
             f"node of the job beside these is bad or cannot reach {os.environ.get('MASTER_ADDR')}"
         )
@@ -148,7 +162,7 @@ def _check_rank(config: RunConfig, process: ProcessInfo, node: str, device: torc
     check = RankCheck(process.rank, node, facts, matmul, free)
     if process.local_rank == 0:  # the rest is the node's, not the rank's
         _check_hardware(config, process, device, check)
-        check.problems += _check_node(config, process)
+        _check_node(config, process, check)
         check.problems += _check_room(config, caches, writes_checkpoints=process.rank == 0)
     return check
 
@@ -192,21 +206,20 @@ def _check_room(config: RunConfig, caches: list[Path], *, writes_checkpoints: bo
     return problems
 
 
-def _check_node(config: RunConfig, process: ProcessInfo) -> list[str]:
+def _check_node(config: RunConfig, process: ProcessInfo, check: RankCheck) -> None:
     """The run's folder, stores, tokenizer and data, as this node sees them."""
-    problems = []
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=run_dir):
             pass
     except OSError as error:
-        problems.append(f"run_dir {run_dir} cannot be written: {error.strerror}")
+        check.problems.append(f"run_dir {run_dir} cannot be written: {error.strerror}")
     for source in config.data.all_sources:
         if source.remote is not None and is_s3(source.remote):
-            problems += _check_s3(source.remote, config.data)
+            _check_s3(source.remote, config.data, check)
     if config.checkpoint.remote is not None:
-        problems += _check_s3(config.checkpoint.remote, config.checkpoint, writes=True)
+        _check_s3(config.checkpoint.remote, config.checkpoint, check, writes=True)
     try:
         from star_dist.data.fetch import fetch_matching_metadata
         from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
@@ -215,16 +228,15 @@ def _check_node(config: RunConfig, process: ProcessInfo) -> list[str]:
         tokenizer = load_tokenizer(Path(config.tokenizer.path))
         fetch_matching_metadata(config, tokenizer_hash(tokenizer))
     except UserError as error:
-        problems.append(str(error))
+        check.add(error)
     if config.needs_text_encoder:
         try:
             TextEncoder(config.text, torch.device("cpu"))
         except UserError as error:
-            problems.append(str(error))
-    return problems
+            check.add(error)
 
 
-def _check_s3(url: str, section: DataSection | CheckpointSection, *, writes: bool = False) -> list[str]:
+def _check_s3(url: str, section: DataSection | CheckpointSection, check: RankCheck, *, writes: bool = False) -> None:
     """Lists a prefix, reads the first bytes of what is there, and writes an object where checkpoints go."""
     try:
         place = S3Place(url, section.s3_endpoint_url, section.s3_region)
@@ -232,8 +244,7 @@ def _check_s3(url: str, section: DataSection | CheckpointSection, *, writes: boo
         if writes:
             place.check_writing()
     except (OSError, UserError) as error:
-        return [str(error)]
-    return []
+        check.add(error)
 
 
 def _all_reduce_bandwidth(world_size: int, device: torch.device) -> float:
@@ -255,7 +266,7 @@ def _problems(checks: list[RankCheck]) -> dict[str, list[str]]:
     """What each node has wrong: its own findings, facts that most other nodes do not share, a slow device."""
     problems: dict[str, list[str]] = {}
     for check in checks:
-        for problem in check.problems:
+        for problem in check.problems + check.unreachable:
             problems.setdefault(check.node, []).append(f"rank {check.rank}: {problem}")
     for name in checks[0].facts:
         by_node = {check.node: repr(check.facts[name]) for check in checks}

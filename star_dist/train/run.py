@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from star_dist.config import RunConfig, dump_config
@@ -70,8 +71,11 @@ def _train(config: RunConfig, process: ProcessInfo, requests: RequestListener, f
         check_same_data(checkpoint, config.data, [source.content_hash for source in metadata])
     weights = None
     if config.train.init_from is not None and checkpoint is None and (process.rank == 0 or config.train.zero_stage < 3):
-        from star_dist.export import initial_weights_from
+        from star_dist.export import initial_weights_from, other_text
 
+        if process.rank == 0:
+            for difference in other_text(config.train.init_from, config):
+                print(f"warning: {difference}", file=sys.stderr)
         weights = initial_weights_from(config.train.init_from, config, tokenizer_hash(tokenizer))
 
     from star_dist.train.engine import Engine

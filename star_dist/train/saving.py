@@ -6,7 +6,7 @@ A save that fails anywhere (a full disk, a broken upload) is reported and droppe
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from star_dist.config import RunConfig
 from star_dist.train.checkpoint import CheckpointFolder, RunInputs
@@ -18,7 +18,8 @@ from star_dist.train.shards import write_index, write_shard
 class CheckpointSaver:
     """Writes the run's checkpoints, one at a time, and removes old ones.
 
-    `on_saved(step)`, `on_failed(step, reason)` and `on_prune_failed(reason)` report on rank 0.
+    skipped_data: the list that the run adds to. `on_saved(step)`, `on_failed(step, reason)` and
+    `on_prune_failed(reason)` report on rank 0.
 
     All methods but `num_written` are for all ranks together.
     """
@@ -31,12 +32,13 @@ class CheckpointSaver:
         control: ControlGroup,
         rank: int,
         inputs: RunInputs,
+        skipped_data: Sequence[int],
         on_saved: Callable[[int], None],
         on_failed: Callable[[int, str], None],
         on_prune_failed: Callable[[str], None],
     ) -> None:
         self._config, self._folder, self._state, self._control = config, folder, state, control
-        self._rank, self._inputs = rank, inputs
+        self._rank, self._inputs, self._skipped_data = rank, inputs, skipped_data
         self._on_saved, self._on_failed, self._on_prune_failed = on_saved, on_failed, on_prune_failed
         self._pieces = control.gather(state.pieces)
         self._thread: threading.Thread | None = None
@@ -116,7 +118,7 @@ class CheckpointSaver:
         self._folder.begin(step, self._state.size_bytes)
 
     def _complete(self, step: int) -> None:
-        self._folder.complete(step, self._control.size, self._inputs, self._config)
+        self._folder.complete(step, self._control.size, self._inputs, self._skipped_data, self._config)
 
     def _all_succeeded(self, step: int, error: str | None) -> bool:
         """Whether no rank has an error; the first one is reported, and what was written removed."""

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +24,14 @@ REMEMBERED_STEPS = 8  # of sample ids; a verdict comes two steps late
 
 @dataclass(frozen=True)
 class Spike:
-    """step: counted from 0. loss: the step's mean per token. mean, deviation: of the steps before it."""
+    """step: counted from 0. loss: the step's mean per token. mean, deviation: of the steps before it. highest: the
+    highest loss that is no spike, infinite where too few are known."""
 
     step: int
     loss: float
     mean: float
     deviation: float
+    highest: float
 
 
 class StepLosses:
@@ -78,32 +81,33 @@ class SpikeDetector:
         self._window: deque[float] = deque(maxlen=options.spike_window)
 
     def judge(self, step: int, loss: float) -> Spike | None:
-        """The spike that a step is, if it is one. The step joins those that the next ones are compared with.
-
-        A spike joins them as the highest loss that is none, so that a level that lasts becomes the usual one; where
-        the run goes back before it, it never was.
-        """
+        """The spike that a step is, if it is one; else the step joins those that the next ones are compared with."""
         known = len(self._window) >= self._options.spike_window // 4
         mean = statistics.fmean(self._window) if self._window else math.nan
         deviation = statistics.pstdev(self._window) if self._window else math.nan
         highest = mean + self._options.spike_sigmas * deviation if known else math.inf
-        spike = None
         if not math.isfinite(loss) or loss > highest:
-            spike = Spike(step, loss, mean, deviation)
-        if spike is None or (self._options.on_spike == "record" and math.isfinite(loss)):
-            self._window.append(min(loss, highest))
-        return spike
+            return Spike(step, loss, mean, deviation, highest)
+        self._window.append(loss)
+        return None
+
+    def stays(self, spike: Spike) -> None:
+        """The run goes on from a spike. It joins the others as the highest loss that is none, so that a level that
+        lasts becomes the usual one."""
+        if math.isfinite(spike.loss):
+            self._window.append(min(spike.loss, spike.highest))
 
 
 class SkippedData:
-    """Steps of data that the run leaves out: RUN/skipped_data.json, which every start reads.
+    """Steps of data that the run leaves out: RUN/skipped_data.json and every checkpoint, both read at a start.
 
     Without any, training step s uses data step s.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, of_checkpoint: Sequence[int] = ()) -> None:
         self._path = run_dir / SKIPPED_FILE
-        self.steps: list[int] = json.loads(self._path.read_text()) if self._path.is_file() else []
+        here = json.loads(self._path.read_text()) if self._path.is_file() else []
+        self.steps: list[int] = sorted({*here, *of_checkpoint})
 
     def data_step(self, step: int) -> int:
         """The data step that a training step uses."""
@@ -121,6 +125,6 @@ class SkippedData:
 
 def record_spike(run_dir: Path, spike: Spike, sample_ids: list[list[int]], action: str) -> None:
     """Adds a line to RUN/spikes.jsonl; `sample_ids` are those of every rank."""
-    values = vars(spike) | {"loss": str(spike.loss) if not math.isfinite(spike.loss) else spike.loss}
+    values = {name: value if math.isfinite(value) else str(value) for name, value in vars(spike).items()}
     line = values | {"time": time.time(), "action": action, "sample_ids": sample_ids}
     append_json_line(run_dir / SPIKES_FILE, line)

@@ -33,6 +33,7 @@ class Supervisor:
         engine: Engine,
         checkpoints: CheckpointFolder,
         inputs: RunInputs,
+        checkpoint: Checkpoint | None,
         requests: RequestListener,
         facts: FactsLog,
         log: MetricsLog,
@@ -45,7 +46,7 @@ class Supervisor:
         self.watchdog = Watchdog(config.health.hang_timeout_s, self.run_dir, self.rank, facts.hang)
         self.step_losses = StepLosses(engine.device)
         self.spike_detector = SpikeDetector(config.health)
-        self.skipped_data = SkippedData(self.run_dir)
+        self.skipped_data = SkippedData(self.run_dir, checkpoint.skipped_data if checkpoint is not None else ())
         self.checkpoints = checkpoints
         self.saver = CheckpointSaver(
             config,
@@ -54,6 +55,7 @@ class Supervisor:
             self.control,
             self.rank,
             inputs,
+            self.skipped_data.steps,
             on_saved=facts.saved,
             on_failed=self._on_save_failed,
             on_prune_failed=self._on_prune_failed,
@@ -95,14 +97,16 @@ class Supervisor:
         health = self.config.health
         sample_ids = self.control.gather(self.step_losses.sample_ids(spike.step))
         checkpoint = self._last_before(spike) if health.on_spike == "rollback" else None
-        action = f"back to step {checkpoint.step}" if checkpoint is not None else "recorded"
+        too_often = checkpoint is not None and len(self.skipped_data.steps) >= health.max_rollbacks
+        action = "recorded" if checkpoint is None else "end" if too_often else f"back to step {checkpoint.step}"
         if self.rank == 0:
             record_spike(self.run_dir, spike, sample_ids, action)
             self.facts.write("spike", step=spike.step, loss=str(spike.loss), action=action)
         self.log.say(f"step {spike.step + 1} has loss {spike.loss:.4g}, those before {spike.mean:.4g}: {action}")
         if checkpoint is None:
+            self.spike_detector.stays(spike)
             return None
-        if len(self.skipped_data.steps) >= health.max_rollbacks:
+        if too_often:
             raise UserError(
                 f"the loss spiked at step {spike.step + 1} after {health.max_rollbacks} rollbacks "
                 f"(health.max_rollbacks); look at {self.run_dir / SPIKES_FILE}, then lower optimizer.learning_rate in "
@@ -130,7 +134,7 @@ class Supervisor:
         return found if step is None or found is not None else self.checkpoints.open(step)
 
     def save(self, done: int, request: Request | None) -> None:
-        """Saves; then ends the run if it was asked to.
+        """Saves, beside the training where that goes on; ends the run if it was asked to.
 
         Raises:
             RunEnded: it was asked to end.

@@ -26,7 +26,7 @@ from star_dist.text import TextEncoder, TextFeatures
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, RunInputs
 from star_dist.train.engine import Engine
-from star_dist.train.facts import FactsLog
+from star_dist.train.facts import FactsLog, read_reports
 from star_dist.train.loss_report import by_scale, loss_report
 from star_dist.train.metrics import MetricsLog, peak_flops, peak_memory_bytes
 from star_dist.train.optim import learning_rate
@@ -91,7 +91,7 @@ class Trainer:
         self.peak_flops, self.peak_source = peak_flops(config, self.device)
         self.log = MetricsLog(config, self.run_dir, self.first_step, enabled=self.rank == 0)
         inputs = RunInputs(metadata[0].tokenizer_hash, tuple(source.content_hash for source in metadata))
-        self.supervisor = Supervisor(config, engine, checkpoints, inputs, requests, facts, self.log)
+        self.supervisor = Supervisor(config, engine, checkpoints, inputs, checkpoint, requests, facts, self.log)
 
     def run(self) -> None:
         """Trains to the last step.
@@ -105,6 +105,7 @@ class Trainer:
         gc.disable()  # a collection on one rank keeps all others waiting; _report collects on all at once
         with self.supervisor.watching(self.first_step):
             step = self.first_step
+            self._examine_what_was_saved()
             while step < self.config.train.steps:
                 step = self._train_from(step)
         gc.enable()
@@ -136,12 +137,12 @@ class Trainer:
                 self._report(done, totals)
                 totals = self._new_totals()
             trained_s = time.perf_counter()
+            if saves:
+                self.supervisor.save(done, request)
             if self._due(config.validation.every, done):
                 self._validate(done)
             if self._due(config.samples.every, done):
                 self._draw_samples(done)
-            if saves:
-                self.supervisor.save(done, request)
             totals.started_s += time.perf_counter() - trained_s  # what was no training counts as no time of it
         return config.train.steps
 
@@ -192,22 +193,22 @@ class Trainer:
         return bool(every) and (done % every == 0 or done == self.config.train.steps)
 
     def _over_ranks(self, totals: Totals) -> tuple[Tensor, Tensor, int, int]:
-        """Losses, hits, samples and skipped samples, summed over all ranks.
-
-        Raises:
-            UserError: not one sample was there to learn from.
-        """
+        """Losses, hits, samples and skipped samples, summed over all ranks."""
         counts = torch.tensor([totals.samples, totals.skipped_samples], dtype=torch.float32, device=self.device)
         sums = self.engine.all_reduce(torch.cat([totals.losses_K, totals.correct_K, counts]))
         losses_K, correct_K, counts = sums.split([len(self.schedule), len(self.schedule), 2])
         samples, skipped = (round(count) for count in counts.tolist())
-        if samples == 0:
-            raise UserError(f"all {skipped} samples since the last report are in corrupt shards; repair the data set")
         return losses_K, correct_K, samples, skipped
 
     def _report(self, done: int, totals: Totals) -> None:
-        """Sums of all ranks since the last report; here the host waits for the device."""
+        """Sums of all ranks since the last report; here the host waits for the device.
+
+        Raises:
+            UserError: not one sample was there to learn from.
+        """
         losses_K, correct_K, samples, skipped = self._over_ranks(totals)
+        if samples == 0:
+            raise UserError(f"all {skipped} samples since the last report are in corrupt shards; repair the data set")
         report = loss_report(self.schedule, losses_K, correct_K, samples)
         elapsed_s = time.perf_counter() - totals.started_s
         images_per_s = samples / elapsed_s
@@ -229,6 +230,20 @@ class Trainer:
         self.log.report(done, report)
         gc.collect()
 
+    def _examine_what_was_saved(self) -> None:
+        """Validates and draws what an end right after saving has left out."""
+        step = self.first_step
+        if step == 0:
+            return
+        reports = read_reports(self.run_dir)
+        validated = any(line["step"] == step and "validation/loss/total" in line for line in reports)
+        missing = (not validated, not self._picture_path(step).exists())
+        not_validated, not_drawn = self.supervisor.control.gather(missing)[0]  # as rank 0 sees the files
+        if not_validated and self._due(self.config.validation.every, step):
+            self._validate(step)
+        if not_drawn and self._due(self.config.samples.every, step):
+            self._draw_samples(step)
+
     def _validate(self, done: int) -> None:
         totals = self._new_totals()
         self.engine.train(False)
@@ -241,12 +256,23 @@ class Trainer:
                 totals.correct_K += by_scale(correct_T, self.schedule, weights_B)
         self.engine.train()
         losses_K, correct_K, samples, _ = self._over_ranks(totals)
-        self.log.report(done, loss_report(self.schedule, losses_K, correct_K, samples, "validation/"))
+        if samples < self.held_out.num_samples:
+            absent = self.held_out.num_samples - samples
+            self.log.say(f"warning: {absent} of {self.held_out.num_samples} validation samples are in corrupt shards")
+        if samples:
+            self.log.report(done, loss_report(self.schedule, losses_K, correct_K, samples, "validation/"))
 
     def _draw_samples(self, done: int) -> None:
-        """Draws the configured prompts on rank 0 with a whole copy of the weights; the other ranks wait."""
+        """Draws the configured prompts on rank 0 with a whole copy of the weights; the other ranks wait.
+
+        Only after a save under way is complete: drawing may take more memory than there is.
+        """
+        self.supervisor.saver.finish()
         with self.supervisor.pause("drawing samples"):
             self._draw_samples_on_rank_0(done)
+
+    def _picture_path(self, step: int) -> Path:
+        return self.run_dir / "samples" / f"step_{step:08d}.png"
 
     def _draw_samples_on_rank_0(self, done: int) -> None:
         weights = self.engine.full_weights()
@@ -258,7 +284,7 @@ class Trainer:
             model.load_state_dict({k: v.to(self.device, dtype) for k, v in weights.items()}, assign=True)
             pipeline = StarPipeline(model.eval(), self.tokenizer, self.text_encoder)
             pictures = pipeline(samples.prompts, samples.seed, samples.sampling_options())
-            path = self.run_dir / "samples" / f"step_{done:08d}.png"
+            path = self._picture_path(done)
             cells = [([picture], prompt) for picture, prompt in zip(pictures, samples.prompts)]
             grid = draw_grid([GridSection(f"{self.config.name}, step {done}", cells)], columns=8)
             with training_goes_on(path):

@@ -67,6 +67,10 @@ def test_captions_are_drawn_by_weight_and_the_same_after_a_resume_on_other_ranks
     found = streamed(config("a", **weights), 0, 18, 1)
     share = sum(caption.startswith("a detailed") for caption in found.values()) / len(found)
     assert abs(share - 0.75 * 0.75) < 0.12
+    kinds: dict[int, set[bool]] = {}
+    for (_, sample), caption in found.items():
+        kinds.setdefault(sample, set()).add(caption.startswith("a detailed"))
+    assert sum(len(of_sample) == 2 for of_sample in kinds.values()) > 10  # another draw every time a picture comes
     resumed = streamed(config("b", **weights), 7, 11, 2)
     assert resumed == {key: caption for key, caption in found.items() if key[0] >= 7}
     assert not any(caption.startswith("a detailed") for caption in streamed(config("c"), 0, 3, 1).values())

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from star_dist.data.batches import drop_captions
 from star_dist.data.captions import choose_caption
 
 NAMES = ("original", "recaptioned", "tags")
@@ -21,7 +22,7 @@ def test_without_weights_the_first_is_taken() -> None:
 def test_captions_are_drawn_by_weight_from_seed_step_and_sample_alone() -> None:
     weights = {"original": 1.0, "recaptioned": 4.0}
     once = drawn(weights)
-    assert drawn(weights) == once
+    assert drawn(weights) == drawn(dict(reversed(weights.items()))) == once
     shares = Counter(once)
     assert abs(shares["recaptioned"] / 3000 - 0.8) < 0.03 and shares["tags"] == 0
     assert drawn(weights, step=6) != once and drawn(weights, seed=2) != once
@@ -32,3 +33,10 @@ def test_an_absent_caption_leaves_its_share_to_the_others() -> None:
     assert abs(shares["tags"] / 3000 - 0.75) < 0.03 and shares["original"] + shares["tags"] == 3000
     with pytest.raises(KeyError, match="sample 0 has captions"):
         drawn({"recaptioned": 1.0}, available=("original",))
+
+
+def test_which_caption_is_taken_and_whether_it_is_dropped_are_drawn_apart() -> None:
+    names = drawn({"original": 1.0, "recaptioned": 4.0})
+    dropped = drop_captions(range(3000), seed=1, step=5, rate=0.2)
+    shares = Counter(name for name, drop in zip(names, dropped) if drop)
+    assert abs(shares["recaptioned"] / sum(dropped) - 0.8) < 0.06

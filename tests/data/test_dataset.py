@@ -214,6 +214,23 @@ def test_a_held_out_shard_that_is_damaged_is_named(
         run_ranks(validate, 1)
 
 
+def test_held_out_samples_that_are_absent_or_fill_up_have_no_weight(
+    run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stored:
+        samples_per_stream = np.array([9])
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def __getitem__(self, i: int) -> dict:
+            captions = {"": ""} if i == 1 else {"original": f"picture {i}"}
+            return {"sample_id": i, "present": i != 1, "tokens": np.zeros(30, np.uint16), "captions": captions}
+
+    monkeypatch.setattr("star_dist.data.batches.CaptionedTokens", Stored)
+    batches = HeldOutBatches(run_config(validation={"num_samples": 3}), (), 0, 1)
+    assert [weights_B.tolist() for _, weights_B in batches] == [[1, 0], [1, 0]]
+
+
 def test_a_cache_without_room_is_one_message(
     dataset_folder: Path, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

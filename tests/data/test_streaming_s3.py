@@ -185,7 +185,7 @@ def test_two_trainings_do_not_share_a_cache(on_s3: MakeConfig, run_config: MakeC
 
     data = on_s3().data
     locks = claim_caches(data)
-    with pytest.raises(RankFailed, match="UserError: another training on this host uses the cache"):
+    with pytest.raises(RankFailed, match="Unreachable: another training on this host uses the cache"):
         run_ranks(claim_caches, 1, data)
     for lock in locks:
         lock.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from data_prep.preparation import prepare
 from data_prep.recaptions import caption_line
 from data_prep.sources import SourceBase, SourceItem, open_source
 from star_dist.config import PrepConfig, parse_config
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
+from star_dist.object_store import FolderStore, StoredObject
 from tests.s3 import S3Bucket
 
 
@@ -82,6 +83,9 @@ def test_files_beside_the_pictures(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "d.json").write_text('{"caption": "from json", "aesthetic": 7, "other": null}')
     (tmp_path / "e.json").write_text("[1, 2]")
+    (tmp_path / "c.txt").write_text("from text", "utf-8-sig")
+    (tmp_path / "c.json").write_text('{"aesthetic": 5}', "utf-8-sig")
+    (tmp_path / "d.txt").write_text("text that another program has left")
     hostile = {"f": "[" * 100_000, "g": '{"n": ' + "9" * 5000 + "}"}
     for name, text in hostile.items():
         (tmp_path / f"{name}.png").touch()
@@ -90,7 +94,7 @@ def test_files_beside_the_pictures(tmp_path: Path) -> None:
     assert captions_of(source) == {
         "a.png": "a heart",
         "b.JPG": None,
-        "c.webp": None,
+        "c.webp": "from text",
         "d.png": "from json",
         "e.png": None,
         "f.png": None,
@@ -99,7 +103,7 @@ def test_files_beside_the_pictures(tmp_path: Path) -> None:
     described = {item.key: item.describe() for item in all_items(source)}
     assert described["b.JPG"].problem == ".txt is not UTF-8"
     assert {described[f"{name}.png"].problem for name in "efg"} == {".json is no JSON object"}
-    assert described["d.png"].scores == {"aesthetic": 7.0}
+    assert [described[name].scores for name in ("c.webp", "d.png")] == [{"aesthetic": 5.0}, {"aesthetic": 7.0}]
 
 
 def test_a_prefix_on_s3_is_as_good_as_a_folder(tmp_path: Path, s3: S3Bucket) -> None:
@@ -114,6 +118,21 @@ def test_a_prefix_on_s3_is_as_good_as_a_folder(tmp_path: Path, s3: S3Bucket) -> 
     write_listing(tmp_path, {"file": "sub/b.png", "caption": "listed"})
     s3.upload(tmp_path, "some/pictures/")
     assert captions_of(folder_source(f"{s3.url}/some/pictures")) == {"sub/b.png": "listed"}
+
+
+def test_keys_of_s3_may_hold_two_slashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Amazon's do, the tests' server has paths."""
+    objects = {"a//x.png": b"x", "a//x.txt": b"two slashes", "a/x.png": b"x"}
+
+    class Store(FolderStore):
+        def list(self, prefix: str = "") -> Iterator[StoredObject]:
+            return (StoredObject(name, len(data)) for name, data in objects.items())
+
+        def read(self, name: str) -> bytes:
+            return objects[name]
+
+    monkeypatch.setattr("data_prep.sources.open_store", lambda url, **_: Store(url))
+    assert captions_of(folder_source(tmp_path)) == {"a//x.png": "two slashes", "a/x.png": None}
 
 
 def test_a_line_without_a_caption_is_its_pictures_fault_alone(tmp_path: Path) -> None:
@@ -142,6 +161,32 @@ def test_caption_files_that_go_or_hide_after_they_were_found(tmp_path: Path, pre
         "gone.png": "unreadable caption file: No such file or directory",
         "good.png": "not a picture",
     }
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("left", ["nothing", "an empty folder", "a file"])
+def test_a_folder_that_goes_takes_no_picture_with_it(
+    tmp_path: Path, prep_values: dict, listed: bool, left: str
+) -> None:
+    """As a disk that is unmounted in the middle of a job."""
+    folder = tmp_path / "pictures"
+    write_listing(folder, {"file": "a.png", "caption": "x"})
+    if not listed:
+        (folder / "captions.jsonl").rename(folder / "a.txt")
+    (folder / "a.png").write_bytes(b"no picture")
+    (item,) = all_items(folder_source(folder))
+    folder.rename(tmp_path / "elsewhere")
+    if left != "nothing":
+        folder.touch() if left == "a file" else folder.mkdir()
+    config = parse_config(PrepConfig, prep_values | {"output": "unused"})
+    with pytest.raises(Unreachable, match=r"a\.(png|txt): .*pictures is no longer a folder with .*same command again"):
+        prepare(item, config, ("original",))
+    if left == "a file":
+        folder.unlink()
+    elif left == "an empty folder":
+        folder.rmdir()
+    (tmp_path / "elsewhere").rename(folder)
+    assert prepare(item, config, ("original",)).reason == "not a picture"
 
 
 @pytest.mark.parametrize(
@@ -193,6 +238,9 @@ def test_new_captions_stand_beside_the_originals(tmp_path: Path) -> None:
         {"original": "a", "long": "a longer a"},
         {"original": "b"},
     ]
+    (new / "00000-of-00002.jsonl").write_text(caption_line("sub/a.png", "a longer a"))
+    with pytest.raises(UserError, match=r"none of a picture of .*: its keys are such as 'sub/a\.png', .* as 'a\.png'"):
+        folder_source(tmp_path, **options)
     (new / "00001-of-00002.jsonl").write_text('{"key": "b.png"')
     with pytest.raises(UserError, match=r"00001-of-00002\.jsonl, line 1 is damaged"):
         folder_source(tmp_path, **options)
@@ -223,6 +271,8 @@ def test_folders_without_captions_are_refused(tmp_path: Path) -> None:
         ('["a.png", "a"]', "line 2 must have"),
         ('{"file": "../a.png", "caption": "a"}', "line 2: file '../a.png' must be a path inside the folder"),
         ('{"file": "/a.png", "caption": "a"}', "inside the folder"),
+        ('{"file": "./s/a.png", "caption": "a"}', r"line 2: file '\./s/a\.png' must be written as 's/a\.png'"),
+        ('{"file": "s//a.png", "caption": "a"}', "line 2: file 's//a.png' must be written as 's/a.png'"),
     ],
 )
 def test_lines_that_cannot_be_used_are_named(tmp_path: Path, line: str, message: str) -> None:

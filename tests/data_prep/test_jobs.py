@@ -168,6 +168,7 @@ def test_partitions_are_done_once_and_share_all_pictures(
     assert metadata.rejected == {"not a picture": 11}
     assert len((tmp_path / "set" / "rejects.jsonl").read_text().splitlines()) == 11
     assert len(samples(tmp_path / "set", "train")) == metadata.splits["train"]
+    assert metadata.captions == {"original": PICTURES - 11}
     merged = contents(tmp_path / "set")
     merge(str(tmp_path / "set"))
     assert contents(tmp_path / "set") == merged
@@ -245,6 +246,10 @@ def test_merge_refuses_what_is_not_one_complete_job(many_pictures: dict[str, Any
     tokenize_partition(config, Partition(1, 3))
     assert (output / shard).read_bytes() == data
     merge(str(output))
+    index = output / next(name for name in found.files if name.endswith("/index.json"))
+    index.write_text(index.read_text().replace('"samples": ', '"samples":9', 1))  # of the same size
+    with pytest.raises(UserError, match=rf"{index} is not what its manifest says"):
+        merge(str(output))
 
 
 def test_other_jobs_at_an_output_are_refused(many_pictures: dict[str, Any], tmp_path: Path) -> None:
@@ -268,6 +273,26 @@ def test_other_jobs_at_an_output_are_refused(many_pictures: dict[str, Any], tmp_
     (tmp_path / "old" / "job.json").write_text('{"resolution": 32}')
     with pytest.raises(UserError, match=r"old/job\.json has schema version None, this code writes 2; change output"):
         tokenize(make_config(values, tmp_path / "old"))
+
+
+def test_the_order_of_keys_in_a_config_makes_no_other_job(many_pictures: dict[str, Any], tmp_path: Path) -> None:
+    """Neither for partitions that are merged, nor for the unfinished work of one that goes on."""
+    source = many_pictures["source"] | {"captions": {"original": "caption"}}
+    first = make_config(many_pictures | {"source": source}, tmp_path / "set")
+    other = make_config(many_pictures | {"source": dict(reversed(source.items()))}, tmp_path / "set")
+    tokenize_partition(first, Partition(0, 2))
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenization, "assemble", dies)
+        tokenize_partition(first, Partition(1, 2))
+    (begun,) = (tmp_path / "set.work").glob("*/00001-of-00002")
+    tokenize_partition(other, Partition(1, 2))
+    assert not begun.exists()
+    (metadata,) = merge(str(tmp_path / "set")).values()
+    assert sum(metadata.splits.values()) + metadata.rejected["not a picture"] == PICTURES
 
 
 def test_unfinished_work_of_another_job_is_neither_taken_over_nor_lost(
@@ -388,18 +413,19 @@ def test_several_resolutions_captions_and_filters_in_one_pass(tmp_path: Path, pr
         "large": (40, 48),
         "long": (16, 80),
         "tiny": (8, 40),
+        "thin": (10, 40),  # at all limits, and so within them
         "ugly": (40, 40),
         "unknown": (40, 40),
     }
     for name, size in sizes.items():
         Image.new("RGB", size, "red").save(pictures / f"{name}.png")
-        score = {"ugly": 3.0, "unknown": None}.get(name, 6.0)
+        score = {"ugly": 3.0, "unknown": None, "thin": 5.0}.get(name, 6.0)
         fields = {"file": f"{name}.png", "caption": name, "detailed": f"a {name} picture", "aesthetic": score}
         lines.append(json.dumps({key: value for key, value in fields.items() if value is not None}))
     lines[0] = json.dumps({"file": "small.png", "caption": "small", "aesthetic": 6})
     for name, caption in {"short": "x", "wordy": "x" * 300}.items():
         Image.new("RGB", (20, 20)).save(pictures / f"{name}.png")
-        lines.append(json.dumps({"file": f"{name}.png", "caption": caption, "aesthetic": 6}))
+        lines.append(json.dumps({"file": f"{name}.png", "caption": "fine", "detailed": caption, "aesthetic": 6}))
     (pictures / "captions.jsonl").write_text("\n".join(lines))
     values = {key: value for key, value in prep_values.items() if key not in ("resolution", "scales")} | {
         "source": {
@@ -428,23 +454,37 @@ def test_several_resolutions_captions_and_filters_in_one_pass(tmp_path: Path, pr
         "too small": 1,
     }
     small, large = (read_metadata(tmp_path / "set" / side) for side in ("16", "32"))
-    assert small.rejected == rejected and large.rejected == rejected | {"too small for 32 pixels": 1}
-    assert small.captions == {"original": 2, "detailed": 1} and large.captions == {"original": 1, "detailed": 1}
+    assert small.rejected == rejected and large.rejected == rejected | {"too small for 32 pixels": 2}
+    assert small.captions == {"original": 3, "detailed": 2} and large.captions == {"original": 1, "detailed": 1}
     assert small.scales == (1, 2, 3, 4) and large.scales == (1, 2, 4, 8)
     found = samples(tmp_path / "set" / "16", "train")
-    assert list(found) == ["large.png", "small.png"]
+    assert list(found) == ["large.png", "small.png", "thin.png"]
     assert decode_captions(found["small.png"], small) == {"original": "small"}
     (sample,) = samples(tmp_path / "set" / "32", "train").values()
     assert decode_captions(sample, large) == {"original": "large", "detailed": "a large picture"}
     assert len(decode_tokens(sample, large)) == 1 + 4 + 16 + 64
     rejects = [json.loads(line) for line in (tmp_path / "set" / "rejects.jsonl").read_text().splitlines()]
     assert {reject["key"]: reject["reason"] for reject in rejects}["long.png"] == "aspect too extreme"
-    assert read_manifest(open_store(tmp_path / "set"), "parts/00000-of-00001.json").too_small == {"32": 1}
+    assert read_manifest(open_store(tmp_path / "set"), "parts/00000-of-00001.json").too_small == {"32": 2}
+    run_partitions(make_config(values, tmp_path / "in parts"), 2)
+    assert merge(str(tmp_path / "in parts"))[32].rejected == large.rejected
+
+
+def test_a_resolution_without_a_picture_keeps_no_other_from_its_end(prep_values: dict, tmp_path: Path) -> None:
+    sections = [{"resolution": 16, "scales": [1, 4]}, {"resolution": 32, "scales": [1, 8], "min_side": 32}]
+    values = prep_values | {"resolution": None, "scales": None, "resolutions": sections}
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"at 32 pixels \(rejected: .*32 pixels': 60.*; complete are 16 pixels"):
+            tokenize(make_config(values, tmp_path / "set"))
+        assert sum(read_metadata(tmp_path / "set" / "16").splits.values()) == 60
+        assert (tmp_path / "set" / "rejects.jsonl").exists() and not (tmp_path / "set" / "32" / "dataset.json").exists()
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"validation_fraction": 1.0}, "validation_fraction: input should be less than 1, got 1.0"),
+        ({"shard_size_bytes": 2**32}, "shard_size_bytes: input should be less than 4294967296, got 4294967296"),
         ({"resolutions": [{"resolution": 16, "scales": [1, 2]}]}, "resolutions is given beside resolution or scales"),
         ({"resolution": None}, "resolution and scales are missing"),
         ({"min_caption_chars": 3000}, "min_caption_chars 3000 is more than max_caption_chars 2000"),

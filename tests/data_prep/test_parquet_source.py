@@ -14,6 +14,7 @@ from data_prep.preparation import prepare
 from data_prep.sources import open_source
 from star_dist.config import PrepConfig, parse_config
 from star_dist.errors import UserError
+from tests.data_prep.test_webdataset_source import new_captions
 from tests.s3 import S3Bucket
 
 PICTURES = [
@@ -78,6 +79,26 @@ def test_rows_without_a_key_are_left_out_one_by_one(tmp_path: Path, prep_values:
     }
 
 
+def test_new_captions_by_other_keys_are_refused(tmp_path: Path) -> None:
+    """Before the first picture, and however many rows without a new caption come first."""
+    ids = [None, *range(1, 200)]
+    write(tmp_path / "a.parquet", image=[b"x"] * 200, caption=["c"] * 200, id=ids)
+    by_row, by_id = (f"a.parquet/{199:08}", "198")
+    options = {"kind": "parquet", "path": str(tmp_path)}
+    recaptions = new_captions(tmp_path / "new", "a.parquet", by_row)
+    assert list(open_source(options | {"recaptions": recaptions}).open("a.parquet"))[-1].describe().captions == {
+        "original": "c",
+        "recaptioned": f"new {by_row}",
+    }
+    with pytest.raises(
+        UserError, match=rf"such as '{by_row}', the source's such as 'a\.parquet/00000000'; .*key_column"
+    ):
+        open_source(options | {"recaptions": recaptions, "key_column": "id"}).open("a.parquet")
+    recaptions = new_captions(tmp_path / "new", "a.parquet", by_id)
+    items = list(open_source(options | {"recaptions": recaptions, "key_column": "id"}).open("a.parquet"))
+    assert len(items) == 200 and items[198].describe().captions["recaptioned"] == f"new {by_id}"
+
+
 def test_text_that_is_no_text_is_its_rows_fault_alone(tmp_path: Path, prep_values: dict) -> None:
     kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.binary()})
     pictures = pyarrow.array([{"bytes": b"x", "path": path} for path in (b"a", b"b", b"\xff")], kind)
@@ -119,6 +140,23 @@ def test_rows_from_the_damage_on_are_left_out(folder: Path, capsys: pytest.Captu
     file.write_bytes(data[:-30])
     (item,) = open_source(options | {"damaged_units": "skip"}).open("data/train-0.parquet")
     assert (item.key, item.describe().problem) == ("data/train-0.parquet", "damaged Parquet file")
+
+
+def test_damage_in_the_column_of_keys_leaves_the_rows_before_it(tmp_path: Path) -> None:
+    """Also where the only new caption is of a row behind it."""
+    file = tmp_path / "a.parquet"
+    write(file, image=[b"x"] * 4, caption=[*"abcd"], id=[*"wxyz"])
+    keys = pyarrow.parquet.ParquetFile(file).metadata.row_group(1).column(2)
+    data = bytearray(file.read_bytes())
+    start, size = keys.dictionary_page_offset, keys.total_compressed_size
+    data[start : start + size] = b"\xff" * size
+    file.write_bytes(data)
+    recaptions = new_captions(tmp_path / "new", "a.parquet", "z")
+    options = {"kind": "parquet", "path": str(tmp_path), "key_column": "id", "recaptions": recaptions}
+    items = list(open_source(options | {"damaged_units": "skip"}).open("a.parquet"))
+    assert [item.key for item in items] == ["w", "x", "a.parquet/00000002", "a.parquet/00000003"]
+    with pytest.raises(UserError, match=r"a\.parquet is damaged"):
+        list(open_source(options).open("a.parquet"))
 
 
 def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from streaming import MDSWriter
 
 from data_prep.tokenization import tokenize
@@ -71,6 +74,28 @@ def test_several_resolutions_with_features(prep_values: dict, text_encoder_folde
     assert [(report.resolution, report.problems) for report in reports] == [(8, []), (16, [])]
     with pytest.raises(UserError, match="give the job's output, not one of its folders"):
         verify(str(tmp_path / "set" / "16"))
+    empty = tmp_path / "set" / "16" / "empty_caption.safetensors"
+    whole = load_file(empty)
+    for change, said in (
+        (
+            lambda: save_file({"text_hidden": whole["text_hidden"]}, empty),
+            r"holds \{'text_hidden': \(2, 16\)\}, expected",
+        ),
+        (lambda: save_file(whole | {"text_pooled": torch.zeros(8)}, empty), r"'text_pooled': \(8,\)\}, expected .*16"),
+        (lambda: save_file(whole | {"text_pooled": torch.full((16,), math.nan)}, empty), "values that are not finite"),
+        (lambda: empty.write_bytes(b"x"), "is damaged"),
+        (empty.unlink, "is missing"),
+    ):
+        change()
+        (found,) = problems(tmp_path / "set")
+        assert re.search(rf"^16/empty_caption\.safetensors .*{said}", found)
+
+
+def test_rejects_are_counted(copied: Path) -> None:
+    (copied / "rejects.jsonl").write_text("{}\n")
+    assert problems(copied) == ["rejects.jsonl has 1 lines, the manifests say 0"]
+    (copied / "rejects.jsonl").unlink()
+    assert problems(copied) == ["rejects.jsonl is missing"]
 
 
 def test_damaged_shards_are_named(copied: Path) -> None:

@@ -25,12 +25,19 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
-def sample(key: str, caption: str | None = None, **fields: object) -> dict[str, bytes]:
+def sample(key: str, text: str | None = None, **fields: object) -> dict[str, bytes]:
     members = {
         f"{key}.jpg": f"picture {key}".encode(),
         f"{key}.json": json.dumps({"caption": "json"} | fields).encode(),
     }
-    return members | ({f"{key}.txt": caption.encode()} if caption is not None else {})
+    return members | ({f"{key}.txt": text.encode()} if text is not None else {})
+
+
+def new_captions(folder: Path, unit: str, *keys: str) -> dict[str, str]:
+    """Captions of a unit as data_prep.caption writes them; the option that names them."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{unit}.jsonl").write_text("".join(caption_line(key, f"new {key}") for key in keys))
+    return {"recaptioned": str(folder)}
 
 
 def described(source: SourceBase) -> dict[str, tuple[dict, dict, str | None]]:
@@ -43,14 +50,15 @@ def described(source: SourceBase) -> dict[str, tuple[dict, dict, str | None]]:
 def tars(tmp_path: Path) -> Path:
     folder = tmp_path / "tars"
     folder.mkdir()
-    write_tar(folder / "00001.tar", sample("000010000", "second tar"))
+    write_tar(folder / "00001.tar", sample("000010000", "second tar", caption=" "))
     write_tar(
         folder / "00000.tar",
-        sample("000000000", "text wins", aesthetic=5.5)
+        sample("000000000", "json wins", aesthetic=5.5)
         | sample("000000001", long="a long caption")
         | {"000000002.txt": b"no picture", "000000003.png": b"x", "000000003.txt": b"\xff\xff"}
         | {"000000004.jpg": b"x", "000000004.json": b"{"}
-        | {"000000005.jpg": b"x", "000000005.json": b"[" * 100_000},
+        | {"000000005.jpg": b"x", "000000005.json": b"[" * 100_000}
+        | sample("000000006", "text fills", caption=None),
     )
     (folder / "00000_stats.json").write_text("{}")
     return folder
@@ -61,16 +69,17 @@ def test_samples_of_tars(tars: Path, stored: Callable[[Path], str]) -> None:
     source = open_source({"kind": "webdataset", "path": stored(tars), "captions": captions}, score_names=("aesthetic",))
     assert source.units == ["00000.tar", "00001.tar"]
     assert described(source) == {
-        "00000.tar/000000000": ({"original": "text wins"}, {"aesthetic": 5.5}, None),
+        "00000.tar/000000000": ({"original": "json"}, {"aesthetic": 5.5}, None),
         "00000.tar/000000001": ({"original": "json", "detailed": "a long caption"}, {}, None),
         "00000.tar/000000002": ({}, {}, "no picture in the sample"),
         "00000.tar/000000003": ({}, {}, ".txt is not UTF-8"),
         "00000.tar/000000004": ({}, {}, ".json is no JSON object"),
         "00000.tar/000000005": ({}, {}, ".json is no JSON object"),
+        "00000.tar/000000006": ({"original": "text fills"}, {}, None),
         "00001.tar/000010000": ({"original": "second tar"}, {}, None),
     }
     first = source.open("00000.tar")
-    assert len(first) == 6
+    assert len(first) == 7
     items = list(first)
     del first  # what the items read from stays open with them
     assert [item.read() for item in items[1::-1]] == [b"picture 000000001", b"picture 000000000"]
@@ -114,6 +123,20 @@ def test_new_captions_of_a_tar_lie_in_a_file_of_its_name(tars: Path, tmp_path: P
     (new / "00001.tar.jsonl").write_text(caption_line("00001.tar/000010000", "new"))
     (item,) = source.open("00001.tar")
     assert item.describe().captions == {"original": "second tar", "recaptioned": "new"}
+
+
+def test_new_captions_of_other_pictures_are_refused(tars: Path, tmp_path: Path) -> None:
+    recaptions = new_captions(tmp_path / "new", "00001.tar", "tars/00001.tar/000010000")
+    source = open_source({"kind": "webdataset", "path": str(tars), "recaptions": recaptions})
+    with pytest.raises(
+        UserError, match=r"none of a picture of .*00001\.tar: its keys .*'tars/00001\.tar/0.* such as '00001\.tar/0"
+    ):
+        source.open("00001.tar")
+    new_captions(tmp_path / "new", "00001.tar")
+    (item,) = source.open("00001.tar")
+    assert item.describe().captions == {"original": "second tar"}
+    new_captions(tmp_path / "new", "00000.tar", "00000.tar/000000002")  # one that cannot be used is known all the same
+    assert len(list(source.open("00000.tar"))) == 7
 
 
 @pytest.mark.parametrize("cut", [1, 512, 700, 1536, 3000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pickle
@@ -292,6 +293,20 @@ def test_what_the_public_code_cannot_express_is_refused() -> None:
         public_weights(weights, StarConfig(positions="learned", **sizes))
     with pytest.raises(UserError, match="no model with cross_attention False"):
         public_weights(weights, StarConfig(cross_attention=False, **sizes))
+
+
+def test_legacy_files_that_are_damaged_are_refused_in_one_line(tmp_path: Path) -> None:
+    """Of PyTorch's first format, whose reader checks nothing: a cut or another byte anywhere."""
+    path = tmp_path / "star.pth"
+    torch.save({"a": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i])
+        with pytest.raises(UserError, match="is no file of tensors, or a damaged one"):
+            read_weights(path)
+        path.write_bytes(whole[:i] + b"\x85" + whole[i + 1 :])
+        with contextlib.suppress(UserError):  # a tensor's value may be any
+            read_weights(path)
 
 
 class Payload:

@@ -17,6 +17,9 @@ from star_dist.inference import editing
 from star_dist.inference.editing import fill_unknown, inpaint, outpaint, vary
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import StarPipeline
+from star_dist.scales import ScaleSchedule
+from star_dist.tokenizer.config import VQVAEConfig
+from star_dist.tokenizer.quantizer import MultiScaleQuantizer
 
 SIDE = 16
 OPTIONS = SamplingOptions(2.0, top_k=20)
@@ -125,7 +128,7 @@ def test_forced_tokens_correct_what_coarse_scales_drew(pipeline: StarPipeline, p
 
 def test_outpainting_keeps_the_picture_in_its_box(pipeline: StarPipeline, photograph: Image.Image) -> None:
     wide = photograph.resize((301, 200))  # its shape is the box's but for the rounding of edges
-    assert outpaint(pipeline, "green face", wide, (0, 0.25, 0.75, 0.75), 1, OPTIONS)
+    assert outpaint(pipeline, "green face", wide, (0, 0.25, 0.75, 0.75), 1, OPTIONS)[0].size == (SIDE, SIDE)
     drawn = np.asarray(outpaint(pipeline, "green face", photograph, (0.25, 0.25, 0.75, 0.75), 1, OPTIONS)[0])
     small = np.asarray(photograph.resize((8, 8), Image.Resampling.LANCZOS))
     assert drawn.shape == (SIDE, SIDE, 3) and np.array_equal(drawn[4:12, 4:12], small)
@@ -167,3 +170,39 @@ def test_filling_continues_what_is_known() -> None:
 def test_mistakes(pipeline: StarPipeline, photograph: Image.Image, call: Callable, said: str) -> None:
     with pytest.raises(UserError, match=said):
         call(pipeline, photograph)
+
+
+def test_a_cell_that_is_known_in_part_takes_the_code_of_that_part() -> None:
+    quantizer = MultiScaleQuantizer(VQVAEConfig(vocab_size=2, code_dim=1, scales=(1, 2)))
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.tensor([[1.0], [2.0]]))
+    known_B1HH = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
+    known = editing.KnownLatent(quantizer, ScaleSchedule((1, 2)), torch.full((1, 1, 2, 2), 2.0), known_B1HH)
+    tokens, kept = known.at(torch.zeros(1, 1, 2, 2), 0)
+    assert tokens.tolist() == [[1]] and kept.tolist() == [[True]]  # half of 2 would be code 0
+    assert known.at(torch.zeros(1, 1, 2, 2), 1)[1].tolist() == [[True, False, True, False]]
+
+
+def test_smoothing_mixes_what_is_drawn_and_not_what_is_kept(pipeline: StarPipeline, photograph: Image.Image) -> None:
+    target = editing._latent(pipeline, editing._pixels(photograph, SIDE, pipeline.device))
+    known_B1HH = torch.zeros(1, 1, 4, 4)
+    for share in (1.0, 0.5):
+        known_B1HH[..., : int(4 * share)] = 1
+        known = editing.KnownLatent(pipeline.tokenizer.quantize, pipeline.schedule, target, known_B1HH)
+        drawn = pipeline.sample("red heart", 1, SamplingOptions(top_k=8, smoothing=1.0), known=known)
+        of_tokens = pipeline.tokenizer.quantize.decode(drawn.tokens_BL, pipeline.schedule)
+        assert torch.allclose(drawn.latent_BCHH, of_tokens, atol=1e-5) == (share == 1.0)
+        known_B1HH.zero_()
+
+
+def test_the_box_is_left_top_right_bottom(pipeline: StarPipeline, photograph: Image.Image) -> None:
+    wide = photograph.resize((8, 4))
+    drawn = np.asarray(outpaint(pipeline, "green face", wide, (0, 0.25, 0.5, 0.5), 1, OPTIONS)[0])
+    assert np.array_equal(drawn[4:8, 0:8], np.asarray(wide))
+
+
+def test_outpainting_encodes_no_edge(pipeline: StarPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, latent = [], editing._latent
+    monkeypatch.setattr(editing, "_latent", lambda pipeline, pixels: seen.append(pixels) or latent(pipeline, pixels))
+    outpaint(pipeline, "green face", Image.new("RGB", (8, 8), "white"), (0.25, 0.25, 0.75, 0.75), 1, OPTIONS)
+    assert (seen[0] == 1).all()  # white goes on, where the canvas is black

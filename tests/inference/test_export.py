@@ -1,6 +1,7 @@
 """From a training run to pictures: export, verification, reloading, starting another run from it."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from star_dist import export
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
-from star_dist.export import initial_weights_from, read_export_config
+from star_dist.export import initial_weights_from, other_text, read_export_config
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.inference.sampler import sample_pictures
@@ -106,7 +107,12 @@ def test_damaged_exports_are_refused(exported: Path, tmp_path: Path) -> None:
     tokenizer = load_file(other_tokenizer / "tokenizer" / "model.safetensors")
     tokenizer["quantize.embedding.weight"] += 1
     save_file(tokenizer, other_tokenizer / "tokenizer" / "model.safetensors")
+    shrinking = copy("shrinking")
+    config = json.loads((shrinking / "config.json").read_text())
+    config["model"]["scales"] = [1, 3, 2, 4]
+    (shrinking / "config.json").write_text(json.dumps(config))
     for folder, said in [
+        (shrinking, r"config\.json is damaged: model: .*scales must grow; got 3 followed by 2"),
         (cut, r"model\.safetensors is no file of tensors, or a damaged one"),
         (missing, r"does not fit: missing pos_start"),
         (other_tokenizer, r"the tokenizer has hash \w+, the transformer was trained with \w+"),
@@ -121,7 +127,7 @@ def test_damaged_exports_are_refused(exported: Path, tmp_path: Path) -> None:
 def test_exporting_what_is_not_there(run_config: MakeConfig, trained: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run folder"):
         export_checkpoint(tmp_path, tmp_path / "out", None, "fp32")
-    with pytest.raises(UserError, match=r"resume_step is 7, but .* has complete checkpoints \[40, 80\]"):
+    with pytest.raises(UserError, match=r"has no complete checkpoint of step 7, only of steps \[40, 80\]"):
         export_checkpoint(Path(trained.run_dir), tmp_path / "out", 7, "fp32")
     assert not (tmp_path / "out").exists()
 
@@ -145,23 +151,48 @@ def test_an_export_deletes_nothing_but_an_earlier_export(trained: RunConfig, tmp
     assert (out / "heart.png").read_text() == "mine"
 
 
+def test_folders_beside_an_export_are_left_alone(exported: Path, tmp_path: Path) -> None:
+    pipeline = StarPipeline.from_pretrained(exported)
+    for name in ("model.partial", "model.earlier"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis").write_text("mine")
+    for _ in range(2):
+        pipeline.save_pretrained(tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.earlier", "model.partial"]
+    assert all((tmp_path / name / "thesis").read_text() == "mine" for name in ("model.partial", "model.earlier"))
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "model.partial").stat().st_mode  # as of any new folder
+
+
 def test_an_interrupted_export_leaves_the_earlier_one(
     trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, out = Path(trained.run_dir), tmp_path / "model"
     export_checkpoint(run_dir, out, 40, "fp32")
 
-    def interrupted(folder: Path, **_: object) -> None:
-        if Path(folder).exists():
-            raise KeyboardInterrupt
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(export.shutil, "rmtree", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    def interrupted_between_moves(source: Path, target: Path, replace: Callable = os.replace) -> None:
+        if Path(source).name == "new":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    for module, name, instead in (
+        (export, "save_text_encoder", interrupted),
+        (export.os, "replace", interrupted_between_moves),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, instead)
+            export_checkpoint(run_dir, out, 80, "fp32")
+        assert StarPipeline.from_pretrained(out).origin.step == 40
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export.shutil, "rmtree", interrupted)
         export_checkpoint(run_dir, out, 80, "fp32")
     assert StarPipeline.from_pretrained(out).origin.step == 80
-    monkeypatch.undo()
-    assert export_checkpoint(run_dir, out, 40, "fp32") == 40
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert export_checkpoint(run_dir, out, 80, "bf16") == 80
+    (left,) = (path for path in tmp_path.iterdir() if path != out)  # as a kill leaves it, and later exports, too
+    assert left.name.startswith("model.export-") and StarPipeline.from_pretrained(left / "earlier").origin.step == 40
 
 
 def test_weights_that_are_not_finite_are_not_exported(exported: Path, tmp_path: Path) -> None:
@@ -202,3 +233,8 @@ def test_levels_of_another_schedule_take_the_nearest_relative_position(
             initial_weights_from(exported, run_config(**changed), tokenizer)
     with pytest.raises(UserError, match=rf"tokens of tokenizer {tokenizer}, the run's tokenizer.path has 0123"):
         initial_weights_from(exported, run_config(), "0123")
+    assert other_text(exported, run_config()) == []
+    assert other_text(exported, run_config(text={"max_tokens": 7, "pooling": "mean"})) == [
+        f"{exported} was trained with text.pooling auto, the run has mean",
+        f"{exported} was trained with text.max_tokens 8, the run has 7",
+    ]

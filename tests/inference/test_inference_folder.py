@@ -11,13 +11,16 @@ import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from star_dist.config import RunConfig, dump_config
 from star_dist.errors import UserError
 from star_dist.export import ExportConfig, read_export_config
+from star_dist.inference.editing import inpaint
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import ScalePreview, StarPipeline
 from star_dist.model_card import ModelFacts, model_card
+from star_dist.text import TextEncoder
 from star_dist.train.export_checkpoint import run_facts
 
 GREEDY = SamplingOptions(2.0, top_k=1)
@@ -50,8 +53,8 @@ def test_saving_what_was_loaded(inference_folder: Path, tmp_path: Path) -> None:
     pipeline = StarPipeline.from_pretrained(inference_folder)
     pipeline.save_pretrained(tmp_path / "again")
     before, after = read_export_config(inference_folder), read_export_config(tmp_path / "again")
-    assert before.model_copy(update={"text": after.text}) == after
-    assert after.text.encoder == "text_encoder"  # of a path only the name: an export is for other machines
+    assert before == after
+    assert "/" not in after.text.encoder  # of a path only the name: an export is for other machines
     again = StarPipeline.from_pretrained(tmp_path / "again")
     assert again("blue flag", 3)[0].tobytes() == pipeline("blue flag", 3)[0].tobytes()
     pipeline.save_pretrained(tmp_path / "again", dtype="bf16")
@@ -62,6 +65,21 @@ def test_saving_what_was_loaded(inference_folder: Path, tmp_path: Path) -> None:
         pipeline.save_pretrained(tmp_path / "mine")
 
 
+def test_the_text_encoder_keeps_its_name(inference_folder: Path, text_encoder_folder: Path, tmp_path: Path) -> None:
+    """In every export of an export, which hold copies under one name."""
+    config = read_export_config(inference_folder)
+    pipeline = StarPipeline.from_pretrained(inference_folder)
+    named = shutil.copytree(text_encoder_folder, tmp_path / "our_encoder")
+    pipeline.text_encoder = TextEncoder(config.text.model_copy(update={"encoder": str(named)}), pipeline.device)
+    pipeline.save_pretrained(tmp_path / "first")
+    shutil.rmtree(named)
+    StarPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert read_export_config(tmp_path / "second").text.encoder == "our_encoder"
+    again = StarPipeline.from_pretrained(tmp_path / "second")
+    assert again("blue flag", 3)[0].tobytes() == pipeline("blue flag", 3)[0].tobytes()
+    assert "our_encoder" in (tmp_path / "second" / "README.md").read_text()
+
+
 def test_precision_of_the_transformer_alone(inference_folder: Path) -> None:
     pipeline = StarPipeline.from_pretrained(inference_folder).to("cpu", torch.bfloat16)
     assert {parameter.dtype for parameter in pipeline.model.parameters()} == {torch.bfloat16}
@@ -69,6 +87,13 @@ def test_precision_of_the_transformer_alone(inference_folder: Path) -> None:
     assert pipeline("red heart")[0].size == (16, 16)
     with pytest.raises(UserError, match=r"runs in torch\.bfloat16 or torch\.float32, got torch\.int8"):
         pipeline.to(dtype=torch.int8)
+
+
+def test_no_prompt_is_refused(inference_folder: Path) -> None:
+    pipeline, picture = StarPipeline.from_pretrained(inference_folder), Image.new("RGB", (16, 16))
+    for draw in (pipeline, lambda prompts: inpaint(pipeline, prompts, picture, picture)):
+        with pytest.raises(UserError, match="there is no prompt; give at least one"):
+            draw([])
 
 
 def test_previews_of_every_scale(inference_folder: Path) -> None:

@@ -150,6 +150,17 @@ def test_options_out_of_range_are_refused(values: tuple) -> None:
         SamplingOptions(*values)
 
 
+def test_nothing_is_divided_by_less_than_float32_bears(tiny: tuple) -> None:
+    model, vqvae, text, empty = tiny
+    for options in (SamplingOptions(temperature=1e-6), SamplingOptions(smoothing=1e-6), SamplingOptions(smoothing=0)):
+        drawn = sample_pictures(model, vqvae.quantize, text, empty, SCHEDULE, options, [1, 2, 3])
+        assert drawn.latent_BCHH.isfinite().all()
+    with pytest.raises(UserError, match=r"temperature must be 1e-06 or more \(top_k 1 is greedy\), got 1e-38"):
+        SamplingOptions(temperature=(1.0, 1e-38))
+    with pytest.raises(UserError, match=r"smoothing must be 0 \(off\) or 1e-06 or more, got 1e-38"):
+        SamplingOptions(smoothing=1e-38)
+
+
 def test_options_by_scale() -> None:
     options = SamplingOptions(3.0, top_k=(1, 1, 5, 0), temperature=0.5).by_scale(4)
     assert [chosen.top_k for chosen in options] == [1, 1, 5, 0]
@@ -240,3 +251,17 @@ def test_bf16_draws_most_of_the_same_tokens(golden: dict, golden_tokenizer: Mult
     assert (drawn == golden["greedy_tokens"]).float().mean() > 0.8  # measured: 0.933
     again = sample_pictures(model, golden_tokenizer.quantize, text, text, SCHEDULE, GREEDY, [0] * 3).tokens_BL
     assert torch.equal(drawn, again)
+
+
+def test_the_latent_is_added_up_in_float32_whatever_is_around(tiny: tuple) -> None:
+    model, vqvae, text, empty = tiny
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = sample_pictures(model, vqvae.quantize, text, empty, SCHEDULE, SamplingOptions(), [1, 2, 3])
+    assert torch.equal(vqvae.quantize.decode(drawn.tokens_BL, SCHEDULE), drawn.latent_BCHH)
+
+
+def test_top_p_is_of_the_tempered_distribution() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1, 4000, 4)
+    options = ScaleOptions(temperature=0.5, top_p=0.9)  # squared and normalised: 0.68, 0.25, 0.06, 0.01
+    tokens, _ = draw(logits, options, [torch.Generator().manual_seed(0)])
+    assert set(tokens.unique().tolist()) == {0, 1}

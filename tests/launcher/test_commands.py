@@ -153,6 +153,10 @@ def test_a_reader_that_ends_early_is_no_error(unbuffered: str) -> None:
         (["launcher/submit.py", "configs/d30.json", "--nodes", "0"], "--nodes must be positive, got 0"),
         (["launcher/sample.py", "absent", "--out", "x.png"], "no prompt given"),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.gif"], "must end in .png or .jpg"),
+        (
+            ["launcher/sample_grid.py", "absent", "--data", "absent", "--captions", "absent", "--out", "x"],
+            "--out x must end in .png or .jpg",
+        ),
         (["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--top-p", "7"], "top_p must lie in 0..1"),
         (
             ["launcher/sample.py", "absent", "a heart", "--out", "x.png", "--top-k", "1,x"],
@@ -220,7 +224,7 @@ def test_bare_srun_gives_every_task_its_rank(monkeypatch: pytest.MonkeyPatch) ->
     os.environ.update({f"SLURM_{name}": str(value) for name, value in slurm.items()})
     given = dict(os.environ)
     assert prepare_process_environment() == ProcessInfo(17, 1, 32, 8)
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu003-ib", "21234")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu003-ib", "29234")
     for name, value, said in [
         ("SLURM_STEP_TASKS_PER_NODE", "8(x3),4", r"8\(x3\),4 of them on each; give --ntasks-per-node"),
         ("SLURM_STEP_NODELIST", "[", r"cannot tell the first host of SLURM_STEP_NODELIST '\['; set MASTER_ADDR"),
@@ -246,6 +250,59 @@ def test_nothing_falls_back_to_cpus_where_gpus_were_given(monkeypatch: pytest.Mo
                 check_gpus_are_there(False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     check_gpus_are_there(False)
+
+
+def test_retry_takes_a_code_for_final_that_the_training_wrote_down(
+    run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """2 is also Python's own, where a node has lost the file system of the script."""
+    from star_dist.train.facts import append_event, read_events
+
+    config = run_config()
+    (tmp_path / "config.json").write_text(dump_config(config))
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir()
+
+    def retry() -> tuple[int, str]:
+        result = run(sys.executable, "launcher/retry.py", "--config", str(tmp_path / "config.json"), "--exit-code=2")
+        return result.returncode, result.stdout + result.stderr
+
+    assert retry() == (0, "exit code 2: failure 1 of 3 without a new checkpoint, once more\n")
+    assert read_events(run_dir)[-1]["event"] == "failed"
+    append_event(run_dir, "mistake", rank=0, reason="no tokenizer", exit_code=2)
+    assert retry() == (1, "exit code 2: nothing that another attempt would change\n")
+    (run_dir / "facts.jsonl").unlink()
+    (run_dir / "facts.jsonl").symlink_to("/dev/full")
+    code, said = retry()
+    assert code == 1 and "attempts cannot be counted: giving up" in said
+
+
+def test_preflight_calls_what_may_come_back_unreachable(
+    run_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that does not arrive, and a store that does not answer, but not beside other problems."""
+    import torch
+
+    from star_dist.errors import Unreachable
+    from star_dist.process import ProcessInfo
+    from star_dist.train import preflight
+
+    process = ProcessInfo(0, 0, 2, 2)
+    monkeypatch.setattr(preflight, "ARRIVAL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 2)]))
+    with pytest.raises(Unreachable, match=r"ranks \[1\] did not arrive within 0\.1 s; those of nodes \['n1'\] did"):
+        preflight._meet(process, "n1", torch.device("cpu"))
+
+    def unreachable(place: preflight.S3Place) -> None:
+        raise Unreachable(f"cannot list {place}: the store cannot be reached")
+
+    monkeypatch.setattr(preflight.S3Place, "check_access", unreachable)
+    for tokenizer, expected in (({}, 69), ({"path": "/absent"}, 1)):
+        check = preflight.RankCheck(0, "n1", {"device": "cpu", "devices": 0}, 1.0, 1)
+        config = run_config(checkpoint={"remote": "s3://bucket/run"}, tokenizer=tokenizer)
+        preflight._check_node(config, process, check)
+        result = preflight.Preflight([check], None, preflight._problems([check]))
+        assert result.exit_code == expected and "the store cannot be reached" in result.table()
 
 
 def test_submit_says_what_it_would_submit(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -274,6 +331,7 @@ def test_evaluate_agrees_with_the_trainings_own_validation(
         if key.startswith("validation/"):
             assert found[key] == pytest.approx(value, abs=2e-6)
     if precision == "fp32":
+        assert found["skipped_samples"] == 0
         result = run_script(evaluate, config.run_dir, "model.attention=flash")
         assert result.returncode == 2 and "Traceback" not in result.stderr
         assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1

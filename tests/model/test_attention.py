@@ -192,22 +192,22 @@ def test_flex_masks_what_the_scales_mask(resolution: int) -> None:
 
 
 def test_later_scales_change_nothing_bit_for_bit(kernel: Kernel) -> None:
-    """Their keys and values are not even read, so that NaN there does no harm, forward or backward."""
+    """Their keys and values are not even read: NaN there harms neither outputs nor gradients of earlier queries (those
+    of earlier keys take from later queries, too)."""
     schedule = SCHEDULES[256]
     layout = PackedLayout((SMALL, schedule, schedule))
-    query, key, value, _ = random_inputs(layout.num_tokens, 2, 8, torch.float32)
-    before = kernel.block_causal(query, key, value, layout)
+    query, key, value, gradient = random_inputs(layout.num_tokens, 2, 8, torch.float32)
+    before, query_gradient, *_ = forward_and_backward(kernel, layout, [query, key, value, gradient])
     for scale in (0, 4, 8):
         end = schedule.ends[scale]
-        key_changed, value_changed = (x.clone().requires_grad_() for x in (key, value))
+        key_changed, value_changed = key.clone(), value.clone()
         rectangle = slice(SMALL.num_tokens, None)
         seen = torch.zeros(layout.num_tokens, dtype=torch.bool)
         seen[: SMALL.num_tokens] = True
         seen[rectangle].view(2, -1)[:, :end] = True
-        with torch.no_grad():
-            key_changed[~seen] = value_changed[~seen] = float("nan")
-        after = kernel.block_causal(query, key_changed, value_changed, layout)
-        assert torch.equal(after[seen], before[seen])
+        key_changed[~seen] = value_changed[~seen] = float("nan")
+        after, gradient_after, *_ = forward_and_backward(kernel, layout, [query, key_changed, value_changed, gradient])
+        assert torch.equal(after[seen], before[seen]) and torch.equal(gradient_after[seen], query_gradient[seen])
 
 
 def test_gradients_of_earlier_scales_ignore_later_keys(kernel: Kernel) -> None:

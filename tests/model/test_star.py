@@ -1,5 +1,6 @@
 """The transformer against the recorded runs of the public implementation, and the properties that must always hold."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -298,3 +299,33 @@ def test_a_training_step_never_waits_for_the_device(tiny: STAR) -> None:
         assert count.reads == 0
         losses.sum().item()
         assert count.reads == 1  # so the counter counts
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_tokens_of_one_scale_are_told_apart_by_their_places(positions: str) -> None:
+    model = STAR(StarConfig(**{**TINY.__dict__, "positions": positions}))
+    initialize_weights(model, seed=1)
+    inputs, hidden, pooled = random_batch((3,))
+    with torch.no_grad():
+        model.head_logits.weight.mul_(50)
+        inputs[:, :4], inputs[:, 4:] = 1, 2
+        logits = model(pack_inputs(inputs), hidden, pooled, layout=PackedLayout.uniform(SCHEDULE, 1, (3,)))
+    for start, end in zip(SCHEDULE.starts, SCHEDULE.ends):
+        distances = torch.cdist(logits[start:end], logits[start:end]).fill_diagonal_(1)
+        assert distances.min() > 1e-3
+
+
+def test_queries_are_scaled_up_to_a_hundred(tiny: STAR) -> None:
+    attention = tiny.blocks[0].attn
+    with torch.no_grad():
+        attention.scale_mul_1H11.copy_(torch.tensor([0.5, 9.0]).view(1, 2, 1, 1))
+    assert attention.query_factor_H1().flatten().tolist() == pytest.approx([math.exp(0.5), 100.0])
+
+
+def test_the_models_rotations_follow_the_papers_coordinates() -> None:
+    """Channel 0 turns by the column, the first one of the second half by the row, both at frequency 1."""
+    cosines, sines = schedule_rotary(TINY, ScaleSchedule((1, 2)))
+    angles = torch.tensor([[64, 64], [32, 32], [64, 32], [32, 64], [64, 64]]).float()  # column and row of each token
+    assert torch.allclose(cosines[:, [0, 8]], angles.cos()) and torch.allclose(sines[:, [1, 9]], angles.sin())
+    half = schedule_rotary(dataclasses.replace(TINY, rope_extent=32.0), ScaleSchedule((1, 2)))[0]
+    assert torch.allclose(half[:, [0, 8]], (angles / 2).cos())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -22,7 +24,7 @@ from star_dist.serve.app import create_app
 from star_dist.serve.jobs import Worker
 from star_dist.serve.limits import Limits
 from star_dist.serve.requests import Drawing
-from star_dist.serve.server import LOOPBACK_HOSTS, fitting_limits
+from star_dist.serve.server import LOOPBACK_HOSTS, fitting_limits, serve
 
 LIMITS = Limits(pictures=4, prompt_letters=50, waiting=2, kept=3, body_bytes=2000)
 DEADLINE_S = 60
@@ -132,8 +134,13 @@ def test_mistakes_are_one_sentence(client: TestClient, body: dict, said: str) ->
 
 
 def test_requests_from_elsewhere_are_refused(client: TestClient) -> None:
-    assert client.get("/api/model", headers={"Host": "evil.example"}).status_code == 400
-    assert client.get("/api/model", headers={"Host": "localhost:7860"}).status_code == 200
+    for host in ("evil.example", "127.0.0.1.evil.example:7860", "[::1", ""):
+        refused = client.get("/api/model", headers={"Host": host})
+        assert refused.status_code == 400 and f"for host {host!r}; open the address" in refused.json()["error"]
+    for host in ("localhost:7860", "LOCALHOST", "[::1]:7860"):
+        assert client.get("/api/model", headers={"Host": host}).status_code == 200
+    method = client.put("/api/model")
+    assert method.status_code == 405 and method.json()["error"]
     plain = client.post("/api/jobs", content='{"prompts": ["x"]}', headers={"Content-Type": "text/plain"})
     assert plain.status_code == 422  # what a form of a foreign page could send
     large = client.post("/api/jobs", json={"prompts": ["x" * 3000]})
@@ -146,6 +153,21 @@ def test_requests_from_elsewhere_are_refused(client: TestClient) -> None:
     for path in ("/api/jobs/none", "/api/jobs/none/events", "/api/jobs/none/pictures/0.png", "/nothing"):
         response = client.get(path)
         assert response.status_code == 404 and response.json()["error"]
+
+
+def test_the_printed_address_is_answered(
+    pipeline: StarPipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answered(server: uvicorn.Server, sockets: list) -> None:
+        sockets[0].close()
+        address = re.search(r"http://\S+", capsys.readouterr().out)[0]
+        with TestClient(server.config.app, base_url=address) as client:
+            assert client.get("/api/model").status_code == 200, address
+            assert client.get("/api/model", headers={"Host": "127.0.0.3"}).status_code == 400
+
+    monkeypatch.setattr(uvicorn.Server, "run", answered)
+    for host in ("127.0.0.1", "127.0.0.2"):
+        serve(lambda: pipeline, host, 0, LIMITS, loopback=True)
 
 
 def test_queue_is_bounded_and_drawings_can_be_cancelled(client: TestClient, held: Callable[[], None]) -> None:
@@ -172,10 +194,11 @@ def test_old_drawings_are_dropped(client: TestClient) -> None:
     assert known == [404, 200, 200, 200, 200]  # the newest, and the three that were finished before it came
 
 
+@pytest.mark.parametrize(("most", "side"), [(256, 8), (4, 4)])  # the model draws 16 pixels
 def test_previews_are_small_and_kept_pictures_bounded_in_bytes(
-    pipeline: StarPipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: StarPipeline, most: int, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "PREVIEW_SIDE", 8)  # half of what the model draws
+    monkeypatch.setattr(jobs, "PREVIEW_SIDE", most)
     worker = Worker(pipeline, Limits(kept=100, kept_bytes=4000))
     worker.start()
     drawings = [worker.submit(Drawing(("red heart",), (seed,), SamplingOptions())) for seed in range(9)]
@@ -186,7 +209,7 @@ def test_previews_are_small_and_kept_pictures_bounded_in_bytes(
     worker.stop()
     last = drawings[-1]
     sizes = [Image.open(io.BytesIO(files[0])).size for files in last.previews]
-    assert sizes == [(8, 8)] * 3 + [(16, 16)]
+    assert sizes == [(side, side)] * 3 + [(16, 16)]
     kept = [job for job in drawings if job.id in worker.jobs]
     assert kept == drawings[-len(kept) :] and 1 <= len(kept) < 9
     assert sum(job.num_bytes for job in kept) <= 4000 or len(kept) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,9 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from star_dist.config import ConfigError, TokenizerTrainConfig, load_config, parse_config
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from star_dist.process import prepare_process_environment
-from star_dist.tokenizer.batches import ReadablePictures, StepBatches, find_pictures
+from star_dist.tokenizer.batches import ReadablePictures, StepBatches, find_pictures, fingerprint
 from star_dist.tokenizer.codebook import codebook_usage
 from star_dist.tokenizer.io import load_tokenizer
 from star_dist.tokenizer.muon import orthogonalize
@@ -242,6 +243,48 @@ def test_unreadable_pictures_are_skipped_counted_and_listed(
     ]
 
 
+def test_a_storage_that_fails_is_no_reason_to_drop_a_picture(
+    pictures_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_bytes, faults = Path.read_bytes, []
+
+    def read_or_fail(path: Path) -> bytes:
+        if faults:
+            number = faults.pop()
+            raise OSError(number, os.strerror(number), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_or_fail)
+    monkeypatch.setattr("star_dist.data.pictures.FIRST_PAUSE_S", 0)
+    paths = find_pictures(pictures_folder)
+    pictures = ReadablePictures(paths, 16, keep_in_memory=False)
+    faults += [errno.ESTALE] * 4
+    pictures.read(0, {})
+    faults += [errno.EACCES]
+    pictures.read(1, {})
+    assert pictures.unreadable == {1: "unreadable file: Permission denied"}
+    faults += [errno.ESTALE] * 5
+    said = rf"^cannot read {paths[2]}: Stale file handle, 5 times; try again when the storage answers$"
+    with pytest.raises(Unreachable, match=said):
+        pictures.read(2, {})
+    faults += [errno.ESTALE] * 5
+    with pytest.raises(Unreachable, match=r"^cannot read .*: Stale file handle, 5 times; try again when .*answers$"):
+        next(StepBatches(pictures, 1, 8, 0, 1, False).from_step(0, 2, 1))  # from a worker, without its traceback
+
+
+def test_linked_folders_and_names_that_are_no_unicode(pictures_folder: Path, tmp_path: Path) -> None:
+    picture = (pictures_folder / "000.png").read_bytes()
+    for name in ("folder/a.png", os.fsdecode(b"folder/\xe9.png"), "elsewhere/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture)
+    folder = tmp_path / "folder"
+    before = fingerprint(find_pictures(folder), folder)
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    paths = find_pictures(folder)
+    assert paths == [folder / "a.png", folder / "link" / "b.png", folder / os.fsdecode(b"\xe9.png")]
+    assert fingerprint(paths, folder) != before
+
+
 def test_folders_without_a_good_picture_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     process = prepare_process_environment()
     with pytest.raises(UserError, match=r"no folder of pictures at .*nowhere; change data\.pictures"):
@@ -287,6 +330,28 @@ def test_checkpoints_that_cannot_be_used_are_refused(
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"checkpoint\.pt is damaged .*; remove it to start anew"):
         rank_main(config)
+
+
+def test_folders_that_nodes_do_not_share_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+
+    def own_run_dir(last_step: int | None) -> None:
+        own = config.model_copy(update={"run_dir": f"{config.run_dir}/{os.environ['RANK']}"})
+        rank_main(own) if last_step is None else killed_after(own, last_step)
+
+    def own_pictures() -> None:
+        folder = tmp_path / os.environ["RANK"]
+        folder.mkdir()
+        name = f"{folder.name}.png"
+        (folder / name).write_bytes((Path(config.data.pictures) / "000.png").read_bytes())
+        rank_main(config.model_copy(update={"data": config.data.model_copy(update={"pictures": str(folder)})}))
+
+    with pytest.raises(RankFailed):
+        run_ranks(own_run_dir, 2, 3)
+    with pytest.raises(RankFailed, match=r"run_dir .* is at step 2 on rank 0 and at step 0 on rank 1; give a folder"):
+        run_ranks(own_run_dir, 2, None)
+    with pytest.raises(RankFailed, match=r"fingerprint \w{16} on rank 0 and \w{16} on rank 1; give a folder"):
+        run_ranks(own_pictures, 2)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(make_config: MakeConfig) -> None:

@@ -140,3 +140,14 @@ def test_the_first_level_may_widen_the_first_convolution() -> None:
     model = MultiScaleVQVAE(config)
     tokens = model.encode(torch.zeros(1, 3, 4, 4), schedule)
     assert model.decode(tokens, schedule).shape == (1, 3, 4, 4)
+
+
+def test_tokens_and_inputs_are_of_float32_whatever_is_around(
+    model: MultiScaleVQVAE, golden: dict[str, Tensor], schedule: ScaleSchedule
+) -> None:
+    tokens = golden["indices"].long()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.quantize.encode(golden["latent"], schedule)
+        inputs = model.quantize.teacher_forcing_input(tokens, schedule)
+    assert torch.equal(found, tokens)
+    torch.testing.assert_close(inputs, golden["teacher_forcing_input"], atol=TOLERANCE, rtol=0)

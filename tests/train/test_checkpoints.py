@@ -15,6 +15,7 @@ from star_dist.object_store import open_store
 from star_dist.train.checkpoint import INDEX, CheckpointFolder, RunInputs, shard_name
 from star_dist.train.facts import read_events
 from star_dist.train.places import S3Place
+from star_dist.train.shards import Piece, Scalars, ShardReader, write_index, write_shard
 from tests.ranks import RankFailed, run_ranks
 from tests.s3 import S3Bucket
 from tests.train.runs import metrics, train, train_on, weights
@@ -124,6 +125,19 @@ def test_a_shard_of_other_bytes_is_refused(run_config: MakeConfig) -> None:
         train_on(run_config(train={"steps": 6}), 1)
 
 
+def test_an_index_that_lacks_values_is_refused(run_config: MakeConfig, tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, CheckpointSection())
+    folder.begin(3, 0)
+    scalars = Scalars(3, 3, 0, groups={}, group_of={})
+    write_shard(folder.place, folder.name(3), 0, {"weight/bias": torch.arange(32.0)})
+    write_index(folder.place, folder.name(3), {"bias": [32]}, [[Piece("bias", 0, 31)]], scalars)
+    folder.complete(3, 1, RunInputs("hash", ("data",)), (), run_config())
+    with ShardReader(folder.find(3)) as reader:
+        assert torch.equal(reader.read("weight", Piece("bias", 2, 31)), torch.arange(2.0, 31))
+        with pytest.raises(UserError, match=r"is damaged: its index has 31 of the 32 values 0\.\.32 of bias"):
+            list(reader.weights())
+
+
 def test_permanent_and_rolling_checkpoints(run_config: MakeConfig) -> None:
     config = run_config(train={"steps": 14}, checkpoint={"every": 2, "keep_last": 2, "keep_every": 6})
     train_on(config, 1)
@@ -195,9 +209,9 @@ def test_what_a_killed_save_leaves_goes_with_the_next_and_no_marker_stands_witho
         folder.begin(step, 0)
         for name in names:
             (tmp_path / "checkpoints" / folder.name(step) / name).write_bytes(b"1")
-    folder.complete(2, 2, RunInputs("hash", ("data",)), run_config())
+    folder.complete(2, 2, RunInputs("hash", ("data",)), (), run_config())
     with pytest.raises(OSError, match=r"2 of 3 files are not at .*step_00000003, such as shard_00000"):
-        folder.complete(3, 2, RunInputs("hash", ("data",)), run_config())
+        folder.complete(3, 2, RunInputs("hash", ("data",)), (), run_config())
     folder.prune()
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000002", "step_00000003"]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ from star_dist.train.facts import (
     summarize,
 )
 from star_dist.train.places import LocalPlace
-from star_dist.train.spikes import SkippedData, SpikeDetector
+from star_dist.train.spikes import SkippedData, SpikeDetector, StepLosses
 from star_dist.train.status import run_status
 from tests.ranks import run_ranks
 from tests.train.runs import metrics, train, train_on, weights
@@ -61,15 +63,18 @@ def ended(config: RunConfig, before_step: Callable[[int, int], None], world_size
     return run_ranks(run, world_size)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_to_one_rank_ends_all_after_a_save(
     run_config: MakeConfig, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    config = run_config(train={"steps": 12}, checkpoint={"every": 10})
+    """And to all processes below it, as launchers send SIGTERM: its loader's workers go on until it has saved."""
+    config = run_config(train={"steps": 12}, checkpoint={"every": 10}, data={"num_workers": 1})
 
     def at_step_2(rank: int, step: int) -> None:
         if (rank, step) == (1, 2):
-            os.kill(os.getpid(), number)
+            processes = [os.getpid(), *(child.pid for child in psutil.Process().children())]
+            subprocess.run(["kill", f"-{number.name.removeprefix('SIG')}", *map(str, processes)], check=True)
+            time.sleep(0.5)
 
     ends = ended(config, at_step_2)
     assert ends == [(code, f"{number.name}: the run goes on from step 4 when started again")] * 2
@@ -167,13 +172,14 @@ def poison(config: RunConfig, poisoned_step: int, loss_factor: float) -> list[tu
     return [sum(ids, ()) for ids in zip(*[iter(trained)] * config.accumulation_steps(int(os.environ["WORLD_SIZE"])))]
 
 
-def test_a_spike_is_trained_around(run_config: MakeConfig) -> None:
+def test_a_spike_is_trained_around(run_config: MakeConfig, tmp_path: Path) -> None:
     """Back to the checkpoint before it, without its samples from then on: as if they had never been in the data."""
-    config = run_config(
+    sections = dict(
         train={"steps": 16},
         checkpoint={"every": 4, "keep_last": 9},
         health={"on_spike": "rollback", "spike_window": 16, "spike_sigmas": 8.0},
     )
+    config = run_config(**sections)
     trained = run_ranks(poison, 2, config, 10, float("nan"))
     run_dir = Path(config.run_dir)
     (spike,) = [json.loads(line) for line in (run_dir / "spikes.jsonl").read_text().splitlines()]
@@ -186,6 +192,12 @@ def test_a_spike_is_trained_around(run_config: MakeConfig) -> None:
     by_step = metrics(config)
     assert sorted(by_step) == list(range(1, 17))
     assert max(line["loss/total"] for line in by_step.values()) < 5
+    without = run_config(run_dir=str(tmp_path / "without"), **sections)
+    Path(without.run_dir).mkdir()
+    (Path(without.run_dir) / "skipped_data.json").write_text("[10]")
+    assert train_on(without, 2) == by_step
+    expected = weights(without)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(config).items())
     assert summarize(run_dir).lost_steps == 5  # 9 to 13: the verdict on step 11 comes after step 13
 
 
@@ -196,6 +208,30 @@ def test_spikes_are_only_written_down_by_default(run_config: MakeConfig) -> None
     assert json.loads(spike)["action"] == "recorded"
 
 
+def test_without_an_earlier_checkpoint_the_run_gets_used_to_a_level(run_config: MakeConfig) -> None:
+    """`rollback` with nothing to go back to is `record`, and what lasts is no spike for ever."""
+    config = run_config(
+        train={"steps": 40}, checkpoint={"every": 1000}, health={"on_spike": "rollback", "spike_window": 8}
+    )
+
+    def run() -> None:
+        from star_dist.train.token_losses import TokenLosses
+
+        plain = TokenLosses.__call__
+
+        def forward(losses: TokenLosses, batch: Any, text: Any, step: int | None) -> Any:
+            losses_T, correct_T = plain(losses, batch, text, step)
+            return losses_T + (12.0 if step is not None and step >= 12 else 0.0), correct_T  # no gradient
+
+        TokenLosses.__call__ = forward
+        train(config)
+
+    run_ranks(run, 1)
+    spikes = [json.loads(line) for line in (Path(config.run_dir) / "spikes.jsonl").read_text().splitlines()]
+    assert spikes[0]["step"] == 12 and spikes[-1]["step"] < 25
+    assert {spike["action"] for spike in spikes} == {"recorded"}
+
+
 def test_too_many_spikes_end_the_run(run_config: MakeConfig) -> None:
     from tests.ranks import RankFailed
 
@@ -204,6 +240,8 @@ def test_too_many_spikes_end_the_run(run_config: MakeConfig) -> None:
     (Path(config.run_dir) / "skipped_data.json").write_text("[2]")
     with pytest.raises(RankFailed, match=r"UserError: the loss spiked at step 11 after 1 rollbacks"):
         run_ranks(poison, 1, config, 11, 100.0)
+    (spike,) = (Path(config.run_dir) / "spikes.jsonl").read_text().splitlines()
+    assert json.loads(spike)["action"] == "end"
 
 
 def test_checkpoints_are_listed_while_old_ones_are_removed(tmp_path: Path) -> None:
@@ -229,7 +267,12 @@ def test_a_level_that_lasts_becomes_the_usual_one() -> None:
     detector = SpikeDetector(HealthSection(spike_window=8, spike_sigmas=3.0))
     for step in range(8):
         assert detector.judge(step, 5.0 + 0.1 * (step % 2)) is None
-    spikes = [detector.judge(8 + step, 5.5 + 0.1 * (step % 2)) is not None for step in range(20)]
+    spikes = []
+    for step in range(20):
+        spike = detector.judge(8 + step, 5.5 + 0.1 * (step % 2))
+        spikes.append(spike is not None)
+        if spike is not None:
+            detector.stays(spike)
     assert spikes[0] and not any(spikes[10:])
 
 
@@ -239,6 +282,7 @@ def test_skipped_data_shift_what_follows(tmp_path: Path) -> None:
     assert [skipped.data_step(step) for step in (4, 5, 6)] == [4, 6, 7]
     skipped.add(5, write=True)  # the step that came in its place
     assert SkippedData(tmp_path).data_step(5) == 7
+    assert SkippedData(tmp_path / "another_run_dir", of_checkpoint=[5, 6]).data_step(5) == 7
 
 
 def test_a_hang_ends_with_everybodys_stacks(run_config: MakeConfig) -> None:
@@ -312,6 +356,29 @@ def test_a_failed_save_is_reported_and_training_goes_on(run_config: MakeConfig, 
     assert names == ["step_00000009"]
 
 
+def test_old_checkpoints_that_cannot_be_removed_are_reported_and_go_with_the_next(run_config: MakeConfig) -> None:
+    config = run_config(train={"steps": 6}, checkpoint={"every": 2, "keep_last": 1})
+
+    def run() -> None:
+        from star_dist.train.checkpoint import CheckpointFolder
+
+        prune, calls = CheckpointFolder.prune, iter(range(10))
+
+        def fails_once(folder: CheckpointFolder) -> None:
+            if next(calls) == 1:
+                raise OSError(5, "Input/output error")
+            prune(folder)
+
+        CheckpointFolder.prune = fails_once
+        train(config)
+
+    run_ranks(run, 1)
+    events = read_events(Path(config.run_dir))
+    reasons = [event["reason"] for event in events if event["event"] == "prune_failed"]
+    assert reasons == ["[Errno 5] Input/output error"] and events[-1]["reason"] == "finished"
+    assert [path.name for path in (Path(config.run_dir) / "checkpoints").iterdir()] == ["step_00000006"]
+
+
 def test_facts_of_a_run(tmp_path: Path) -> None:
     """100 s of training, of which 20 were lost, in 200 s."""
     events = [
@@ -332,6 +399,16 @@ def test_facts_of_a_run(tmp_path: Path) -> None:
     assert failures_without_progress(tmp_path) == 3
     append_event(tmp_path, "checkpoint", step=120, train_s=1.0)
     assert failures_without_progress(tmp_path) == 0
+
+
+def test_failures_of_another_job_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for job in ("7", "7", "8"):
+        append_event(tmp_path, "failed", exit_code=137, job=job)
+    for job, count in (("7", 2), ("8", 1), ("9", 0)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert failures_without_progress(tmp_path) == count
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert failures_without_progress(tmp_path) == 3
 
 
 def test_a_full_disk_costs_reports_and_not_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,15 +443,63 @@ def test_weights_are_restored_by_a_rollback(run_config: MakeConfig) -> None:
     train_on(config, 2)
     expected = weights(config)
 
-    def run() -> dict | None:
+    def run() -> tuple[dict | None, list[str], bool]:
+        from star_dist.model.layout import PackedLayout
         from star_dist.process import prepare_process_environment
         from star_dist.train.checkpoint import CheckpointFolder
         from star_dist.train.engine import Engine
 
         engine = Engine(config, prepare_process_environment())
-        engine.state.load(CheckpointFolder(Path(config.run_dir)).find(None))
-        full = engine.full_weights()
-        return full and {name: tensor.numpy() for name, tensor in full.items()}
+        checkpoint = CheckpointFolder(Path(config.run_dir)).find(None)
+        num_tokens = 2 * config.schedule.num_tokens
+        inputs = torch.ones(num_tokens, 8), torch.ones(6, 16), torch.ones(2, 16), torch.zeros(num_tokens).long()
 
-    found, _ = run_ranks(run, 2)
+        def loss() -> torch.Tensor:
+            return engine(*inputs, layout=PackedLayout.uniform(config.schedule, 2, (3, 3)))[0].sum()
+
+        def restored() -> tuple[dict, list]:
+            engine.state.load(checkpoint)
+            tensors, scalars = engine.state.snapshot()
+            with torch.no_grad():
+                return tensors, [scalars, loss().item()]
+
+        saved, *others = restored()
+        for _ in range(config.accumulation_steps(2)):
+            engine.backward(loss())
+            engine.step(1e-2)
+        moved, _ = engine.state.snapshot()
+        again, *others_again = restored()
+        kinds = {name.split("/")[0] for name, tensor in moved.items() if not torch.equal(tensor, saved[name])}
+        same = others == others_again and all(torch.equal(again[name], tensor) for name, tensor in saved.items())
+        full = engine.full_weights()
+        return full and {name: tensor.numpy() for name, tensor in full.items()}, sorted(kinds), same
+
+    (found, *of_first), (_, *of_second) = run_ranks(run, 2)
+    assert of_first == of_second == [["exp_avg", "exp_avg_sq", "weight"], True]
     assert all(torch.equal(torch.from_numpy(found[name]), expected[name]) for name in expected)
+
+
+def test_one_spike_hides_no_other_and_a_quarter_of_the_window_is_enough() -> None:
+    detector = SpikeDetector(HealthSection(spike_window=8, spike_sigmas=3.0))
+    assert [detector.judge(step, loss) for step, loss in enumerate((5.0, 5.1))] == [None, None]
+    spike = detector.judge(2, 500.0)
+    detector.stays(spike)
+    assert detector.judge(3, 7.0) is not None and spike.highest == pytest.approx(5.05 + 3 * 0.05)
+
+
+def test_data_is_skipped_in_any_order(tmp_path: Path) -> None:
+    skipped = SkippedData(tmp_path)
+    for step in (9, 5):
+        skipped.add(step, write=True)
+    for each in (skipped, SkippedData(tmp_path), SkippedData(tmp_path / "other", of_checkpoint=[9, 5])):
+        assert [each.data_step(step) for step in (4, 5, 7, 8)] == [4, 6, 8, 10]
+
+
+def test_a_steps_loss_is_the_sum_of_its_micro_batches_one_step_late() -> None:
+    losses = StepLosses(torch.device("cpu"))
+    losses.add(torch.tensor(3.0), 2, (1, 2))
+    losses.add(torch.tensor(4.0), 1, (3, 4))  # one of them absent
+    assert losses.end_step(0) == (0.0, 0)
+    losses.add(torch.tensor(5.0), 2, (5, 6))
+    assert losses.end_step(1) == (7.0, 3) and losses.end_step(2) == (5.0, 2)
+    assert losses.sample_ids(0) == [1, 2, 3, 4] and losses.sample_ids(1) == [5, 6]

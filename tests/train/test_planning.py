@@ -10,13 +10,15 @@ import torch
 
 from benchmarks.measure import peak_bytes
 from star_dist.config import RunConfig, load_config
-from star_dist.model import chunked_loss, size
+from star_dist.model import size
 from star_dist.model.config import StarConfig
 from star_dist.model.initialization import initialize_weights
 from star_dist.model.layout import PackedLayout
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
+from star_dist.train import metrics
 from star_dist.train.planning import (
+    GPUS,
     communication_bytes,
     largest_micro_batch,
     memory_bytes,
@@ -89,10 +91,6 @@ def test_activation_memory_is_what_an_h200_measured(
     assert reckoned / 2**30 == pytest.approx(measured_gib, rel=0.1)
 
 
-def test_the_loss_chunk_is_the_one_that_is_used() -> None:
-    assert size.LOSS_CHUNK_TOKENS == chunked_loss.LOSS_CHUNK_TOKENS
-
-
 def config(name: str, *overrides: str) -> RunConfig:
     return load_config(RunConfig, ROOT / "configs" / name, overrides)
 
@@ -144,6 +142,45 @@ def test_the_recommended_zero_stage_communicates_little_and_fits() -> None:
         assert recommended_zero_stage(run, gpus, memory_gib) == stage, (gpus, memory_gib)
     blocks = run.model_copy(update={"train": run.train.model_copy(update={"compile": "blocks"})})
     assert recommended_zero_stage(blocks, 8, 38) is None  # whole blocks are not compiled at stage 3
+    in_fp32 = config("d30.json", "deepspeed.data_types.grad_accum_dtype=fp32")
+    assert recommended_zero_stage(in_fp32, 8, 140) == 2  # which stages 0 and 1 cannot do
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H200", GPUS["h200"].peak_tflops),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", GPUS["h100"].peak_tflops),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H800 PCIe", 756),
+        ("NVIDIA A800-SXM4-80GB", GPUS["a100-80"].peak_tflops),
+        ("NVIDIA H20", 148),
+        ("NVIDIA Abacus", None),
+    ],
+)
+def test_mfu_is_of_the_bf16_peak(name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the data sheet, else measured in bf16 at a size that fills a GPU."""
+    measured: list[tuple[int, torch.dtype]] = []
+
+    def measure(device: torch.device, size: int = 1024, *, dtype: torch.dtype = torch.float32) -> float:
+        measured.append((size, dtype))
+        return 1e12
+
+    monkeypatch.setattr(metrics, "measured_matmul_flops", measure)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found, source = metrics.device_peak_flops(torch.device("cuda"))
+    if tflops is None:
+        assert (found, source, measured) == (1e12, "measured bf16 matrix product", [(8192, torch.bfloat16)])
+    else:
+        assert found == tflops * 1e12 and source.startswith("data sheet of ") and not measured
+
+
+def test_a_matrix_product_is_two_operations_for_each_pair_of_numbers() -> None:
+    clock = iter([0.0, 1.0]).__next__
+    assert metrics.measured_matmul_flops(torch.device("cpu"), size=8, repeats=2, clock=clock) == 2 * 2 * 8**3
 
 
 def test_the_command_prints_and_refuses() -> None:
@@ -163,3 +200,15 @@ def test_the_command_prints_and_refuses() -> None:
     assert refused.returncode == 2 and refused.stderr == "error: --gpus must be at least 1, got 0\n"
     refused = run("--gpus", "7")
     assert refused.returncode == 2 and "is not a multiple of" in refused.stderr
+
+
+@pytest.mark.parametrize(("gpus", "gb_per_s"), [(8, 450), (64, 50)])
+def test_a_step_takes_the_longer_of_compute_and_communication(gpus: int, gb_per_s: float) -> None:
+    run = config("d30.json")
+    for mfu in (0.4, 1.0):
+        found = plan(run, gpus, "h200", 8, mfu, 1e8)
+        compute_s = run.train.global_batch * found["flops_per_picture"] / (gpus * 989e12 * mfu)
+        sent_s = communication_bytes(run, gpus) / (gb_per_s * 1e9)
+        assert found["step_s"] == pytest.approx(max(compute_s, sent_s)) and compute_s != sent_s
+        assert found["gpu_hours"] == pytest.approx(24 * gpus * found["days"])
+        assert found["days"] == pytest.approx(1e8 / run.train.global_batch * found["step_s"] / 86400)

@@ -5,6 +5,7 @@ import torch
 
 from star_dist.model.config import StarConfig
 from star_dist.model.initialization import initialize_weights
+from star_dist.model.kernels.reference import ReferenceKernel
 from star_dist.model.layout import PackedLayout
 from star_dist.model.star import STAR, pack_inputs
 from star_dist.scales import ScaleSchedule
@@ -72,3 +73,30 @@ def test_the_model_sees_kept_tokens_at_their_places_and_no_others(positions: str
     dropped = torch.ones(2, FULL.num_tokens, dtype=torch.bool).scatter(1, kept, False)
     changed[dropped] = float("nan")
     assert torch.equal(logits(dropping, changed), found)
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_kept_tokens_are_those_of_a_whole_sample_that_does_not_see_the_others(
+    positions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = StarConfig(
+        depth=2, width=32, heads=2, scales=FULL.sides, vocab_size=64, code_dim=8, text_width=16, positions=positions
+    )
+    model = STAR(config)
+    initialize_weights(model, seed=1)
+    with torch.no_grad():
+        model.head_logits.weight.mul_(50)
+    inputs, text, pooled = torch.randn(2, FULL.num_tokens, 8), torch.randn(7, 16), torch.randn(2, 16)
+    dropping = TokenDropping(FULL, FULL.keeping(0.4, 2), 0, device=CPU)
+    kept, rows = dropping.positions([3, 4], step=0), torch.arange(2)[:, None]
+    layout = PackedLayout.uniform(dropping.schedule, 2, (3, 4))
+    found = model(inputs[rows, kept].flatten(0, 1), text, pooled, layout=layout, positions_T=kept.flatten())
+
+    class Hiding(ReferenceKernel):
+        def prepare_image(self, layout: PackedLayout, device: torch.device) -> list[torch.Tensor]:
+            shown = torch.zeros(2, FULL.num_tokens, dtype=torch.bool).scatter(1, kept, True)
+            return [visible & row for visible, row in zip(super().prepare_image(layout, device), shown)]
+
+    monkeypatch.setattr("star_dist.model.star.choose_kernel", lambda *_, **__: Hiding())
+    whole = model(inputs.flatten(0, 1), text, pooled, layout=PackedLayout.uniform(FULL, 2, (3, 4)))
+    assert (found - whole.view(2, FULL.num_tokens, -1)[rows, kept].flatten(0, 1)).abs().max() < 1e-4

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from star_dist.config import RunConfig
+from star_dist.model.flops import training_flops
 from star_dist.train.facts import read_events
 from tests.ranks import RankFailed, run_ranks
 from tests.train.runs import metrics, start_training, train, train_on, weights
@@ -47,6 +48,8 @@ def test_loss_falls_and_everything_is_reported(run_config: MakeConfig) -> None:
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000020", "step_00000030"]
     environment = json.loads((run_dir / "environment.json").read_text())
     assert environment["world_size"] == 2 and environment["attention_kernel"].startswith("sdpa")
+    flops_per_s = training["throughput/images_per_s"] * training_flops(config.star_config(), config.schedule, 4)
+    assert training["throughput/mfu"] == pytest.approx(flops_per_s / (2 * environment["peak_flops"]))
 
 
 @pytest.mark.parametrize("stage", [3, 0, 1, 2])
@@ -83,11 +86,11 @@ def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig, power
     from star_dist.model.star import STAR, pack_inputs
     from star_dist.text import TextEncoder
     from star_dist.tokenizer.io import load_tokenizer
-    from star_dist.train.optim import build_optimizer, learning_rate, parameter_groups
 
+    adam = {"betas": (0.8, 0.9), "eps": 1e-4}
     config = run_config(
-        train={"steps": 3, "caption_dropout": 0.5, "scale_loss_power": power},
-        optimizer={"learning_rate": 1e-3, "gradient_clipping": 0.1},
+        train={"steps": 4, "caption_dropout": 0.5, "scale_loss_power": power},
+        optimizer=adam | {"learning_rate": 1e-3, "gradient_clipping": 0.1, "final_fraction": 0.3, "weight_decay": 0.5},
     )
     train_on(config, 2)
 
@@ -97,13 +100,15 @@ def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig, power
         prepare_process_environment()
         model = STAR(config.star_config())
         initialize_weights(model, config.seed)
-        groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
-        optimizer = build_optimizer(groups, config.optimizer)
+        decay = [p for name, p in model.named_parameters() if p.ndim == 2 and name != "lvl_embed.weight"]
+        others = [p for p in model.parameters() if not any(p is other for other in decay)]
+        groups = [{"params": decay, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, **adam)
         encoder = TextEncoder(config.text, torch.device("cpu"))
         quantizer = load_tokenizer(Path(config.tokenizer.path)).quantize
         one_rank = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 8})})
         batches = TrainBatches(one_rank, fetch_metadata(config.data), 1).starting_at(0)
-        for step in range(3):
+        for step, rate in enumerate((0.5, 1.0, 1.0, 0.3 + 0.7 * (1 + math.cos(math.pi / 2)) / 2)):  # 2 of warm-up
             batch = next(batches)
             dropped = drop_captions(batch.sample_ids, seed=config.seed, step=step, rate=0.5)
             text = encoder(["" if drop else caption for caption, drop in zip(batch.captions, dropped)])
@@ -114,7 +119,7 @@ def test_a_plain_torch_step_gives_the_same_weights(run_config: MakeConfig, power
             (loss.view(8, -1) @ (weights_L / weights_L.mean()) / loss.numel()).sum().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, step, 3)
+                group["lr"] = 1e-3 * rate
             optimizer.step()
             optimizer.zero_grad()
         return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
@@ -300,6 +305,66 @@ def test_validation_counts_every_held_out_sample_once(run_config: MakeConfig, tm
     assert results[0] == pytest.approx(results[1], abs=SPLIT_TOLERANCE)
 
 
+def test_what_fails_after_a_save_comes_with_the_next_start(run_config: MakeConfig, tmp_path: Path) -> None:
+    """Drawing takes memory that training does not: out of it, the checkpoint is complete, and no report is missing."""
+    sections = {
+        "train": {"steps": 8},
+        "checkpoint": {"every": 4},
+        "validation": {"every": 4, "num_samples": 3},
+        "samples": {"every": 4, "prompts": ["red heart"]},
+    }
+    undisturbed = train_on(run_config(run_dir=str(tmp_path / "undisturbed"), **sections), 2)
+    config = run_config(**sections)
+
+    def run() -> None:
+        from star_dist.train import trainer
+
+        def pipeline(*_: object) -> None:
+            raise torch.OutOfMemoryError("while drawing")
+
+        trainer.StarPipeline = pipeline
+        train(config)
+
+    with pytest.raises(RankFailed, match="while drawing"):
+        run_ranks(run, 2)
+    pictures = Path(config.run_dir) / "samples"
+    assert [checkpoint.name for checkpoint in (Path(config.run_dir) / "checkpoints").iterdir()] == ["step_00000004"]
+    assert not pictures.exists()
+    assert train_on(config, 2) == undisturbed
+    assert sorted(path.name for path in pictures.iterdir()) == ["step_00000004.png", "step_00000008.png"]
+
+
+def test_corrupt_validation_shards_end_no_training(run_config: MakeConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    """With data.corrupt_shards skip: 2 of 4 held-out samples at first, then all, are in corrupt shards."""
+    config = run_config(train={"steps": 4}, validation={"every": 2, "num_samples": 4}, data={"corrupt_shards": "skip"})
+
+    def run() -> None:
+        from star_dist.data.batches import HeldOutBatches
+        from star_dist.data.dataset import MicroBatch
+
+        plain, rounds = HeldOutBatches.__iter__, iter(range(2))
+
+        def some_absent(held_out: HeldOutBatches) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
+            first_present = (2, 4)[next(rounds)]
+            for i, (batch, weights_B) in enumerate(plain(held_out)):
+                yield batch, weights_B * (i * held_out.micro_batch >= first_present)
+
+        HeldOutBatches.__iter__ = some_absent
+        train(config)
+
+    run_ranks(run, 1)
+    by_step = metrics(config)
+    assert 0 < by_step[2]["validation/loss/total"] < 10 and "validation/loss/total" not in by_step[4]
+    said = capfd.readouterr().err
+    assert "warning: 2 of 4 validation samples are in corrupt shards" in said and "warning: 4 of 4" in said
+
+
+def test_knobs_of_deepspeed_may_change_on_the_way(run_config: MakeConfig) -> None:
+    for steps, stage, knobs in ((2, 2, {"data_types": {"grad_accum_dtype": "fp32"}}), (4, 1, {})):
+        config = run_config(train={"steps": steps, "zero_stage": stage, "precision": "bf16"}, deepspeed=knobs)
+        assert max(train_on(config, 1)) == steps
+
+
 def mistakes() -> list[tuple[dict, str]]:
     return [
         ({"train": {"global_batch": 6, "micro_batch": 6}}, r"global_batch 6 .*micro_batch 6 x 2 ranks = 12"),
@@ -309,7 +374,7 @@ def mistakes() -> list[tuple[dict, str]]:
         ({"text": {"encoder": "/absent"}}, r"text encoder '/absent' could not be loaded"),
         ({"text": {"width": 32}}, r"has width 16, text\.width is 32"),
         ({"train": {"global_batch": 128, "micro_batch": 2}}, r"fewer than one global batch"),
-        ({"checkpoint": {"resume_step": 5}}, r"resume_step is 5, but .* has complete checkpoints \[\]"),
+        ({"checkpoint": {"resume_step": 5}}, r"has no complete checkpoint of step 5, only of steps \[\]"),
         ({"train": {"init_from": "/absent"}}, r"/absent is no inference folder"),
     ]
 
@@ -429,7 +494,7 @@ def test_another_runs_checkpoint_is_refused(run_config: MakeConfig) -> None:
     for sections, said in [
         ({"model": {"depth": 3}}, r"model\.depth = 2, the run has 3"),
         ({"optimizer": {"learning_rate": 0.5}}, r"optimizer\.learning_rate = 0\.01, the run has 0\.5"),
-        ({"checkpoint": {"resume_step": 2}}, r"resume_step is 2, but .* has complete checkpoints \[3\]"),
+        ({"checkpoint": {"resume_step": 2}}, r"has no complete checkpoint of step 2, only of steps \[3\]"),
     ]:
         with pytest.raises(RankFailed, match=said):
             train_on(run_config(train={"steps": 6}, **sections), 1)
