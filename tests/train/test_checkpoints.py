@@ -163,7 +163,7 @@ def test_checkpoints_on_s3(run_config: MakeConfig, tmp_path: Path, s3: S3Bucket)
     assert train_on(resumed, 2) == expected
     assert export_checkpoint(Path(config.run_dir), tmp_path / "export", None, "fp32") == 9
     back = run_config(train={"steps": 9}, checkpoint=options | {"resume_step": 9}, optimizer={"schedule": "constant"})
-    with pytest.raises(UserError, match=r"has complete checkpoints \[9\]"):
+    with pytest.raises(UserError, match=r"has no complete checkpoint of step 6, only of steps \[9\]"):
         CheckpointFolder(Path(back.run_dir), back.checkpoint).find(6)
     S3Place(remote).check_access()
     S3Place(remote).check_writing()
