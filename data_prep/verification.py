@@ -45,7 +45,7 @@ from star_dist.errors import UserError
 from star_dist.object_store import ObjectStore, open_store
 from star_dist.scales import ScaleSchedule
 
-TEMPORARY = "star-dist-verify-"
+DOWNLOADS_PREFIX = "star-dist-verify-"
 PROBLEMS_AT_MOST = 20  # that one shard reports: a shard of another format has as many as samples
 KEY_DIGEST_BYTES = 8
 
@@ -180,7 +180,7 @@ def _verify_dataset(
 
 def _rejects_problem(store: ObjectStore, job: JobDescription) -> str | None:
     """Compares rejects.jsonl with the manifests of all partitions, as far as nobody has removed these."""
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+    with tempfile.TemporaryDirectory(prefix=DOWNLOADS_PREFIX) as folder:
         path = Path(folder) / REJECTS_FILE  # can be too large for memory
         try:
             store.download(REJECTS_FILE, path)
@@ -202,7 +202,8 @@ def _empty_caption_problem(store: ObjectStore, name: str, width: int) -> str | N
         return f"{name} is missing"
     except SafetensorError as error:
         return f"{name} is damaged ({error})"
-    shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+    # safetensors gives tensors in any order; the message is always the same.
+    shapes = {part: tuple(tensor.shape) for part, tensor in sorted(tensors.items())}
     tokens = len(tensors.get("text_hidden", ()))
     if not tokens or shapes != {"text_hidden": (tokens, width), "text_pooled": (width,)}:
         return f"{name} holds {shapes}, expected text_hidden (tokens, {width}) and text_pooled ({width},)"
@@ -234,7 +235,7 @@ def _read_shard(
     raw = shard["raw_data"]
     name = f"{split_folder}/{raw['basename']}"
     found = _Shard()
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+    with tempfile.TemporaryDirectory(prefix=DOWNLOADS_PREFIX) as folder:
         path = Path(folder) / raw["basename"]
         try:
             store.download(name, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
+
+# Of a network file system that has lost its server, or that a node has lost.
+LOST_FILE_SYSTEM = {errno.EIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT}
+
+
+def cannot_write(place: str, error: OSError) -> UserError:
+    """What to raise where a folder cannot be written; `Unreachable` where its file system may come back."""
+    kind = Unreachable if error.errno in LOST_FILE_SYSTEM else UserError
+    return kind(f"cannot write to {place}: {error.strerror}")
 
 
 def sync_to_disk(path: Path) -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from star_dist.errors import Unreachable, UserError
-from star_dist.files import read_json_lines, try_lock, write_text_atomically
+from star_dist.errors import Unreachable
+from star_dist.files import cannot_write, read_json_lines, try_lock, write_text_atomically
 
 LOCK_FILE = "lock"
 CONFIG_FILE = "config.json"  # of the training that runs or ran last
 SUBMITTED_CONFIG_FILE = "submitted_config.json"  # of the job that launcher/submit.py wrote
 METRICS_FILE = "metrics.jsonl"
-# Of a network file system that has lost its server, or that a node has lost.
-LOST_FILE_SYSTEM = {errno.EIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT}
 
 
 def claim_run_folder(run_dir: Path) -> IO[str] | None:
@@ -33,8 +30,7 @@ def claim_run_folder(run_dir: Path) -> IO[str] | None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / LOCK_FILE).open("a").close()
     except OSError as error:
-        kind = Unreachable if error.errno in LOST_FILE_SYSTEM else UserError
-        raise kind(f"cannot write to run_dir {run_dir}: {error.strerror}") from None
+        raise cannot_write(f"run_dir {run_dir}", error) from None
     try:
         lock = try_lock(run_dir / LOCK_FILE)
     except OSError as error:

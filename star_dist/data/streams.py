@@ -16,10 +16,9 @@ from streaming.base.world import World
 from star_dist.config import DataSection
 from star_dist.data.open_shards import OpenShard
 from star_dist.data.schema import SHARD_HASH
-from star_dist.errors import Unreachable, UserError
-from star_dist.files import try_lock
+from star_dist.errors import Unreachable
+from star_dist.files import cannot_write, try_lock
 from star_dist.object_store import ENDPOINT_VARIABLE
-from star_dist.run_folder import LOST_FILE_SYSTEM
 
 FIRST_PAUSE_S = 0.5  # before a shard with the wrong bytes is fetched again; doubles each time
 CACHE_LOCK_FILE = "star_dist.lock"
@@ -115,8 +114,7 @@ def claim_caches(data: DataSection) -> list[IO[str]]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = try_lock(folder / CACHE_LOCK_FILE)
         except OSError as error:
-            kind = Unreachable if error.errno in LOST_FILE_SYSTEM else UserError
-            raise kind(f"cannot write to the cache {folder} of {source.remote}: {error.strerror}") from None
+            raise cannot_write(f"the cache {folder} of {source.remote}", error) from None
         if lock is None:
             raise Unreachable(
                 f"another training on this host uses the cache {folder} of {source.remote}; wait for it, or set "

@@ -38,8 +38,8 @@ def test_the_loss_is_unbiased() -> None:
     assert restored.sum(1).mean().item() == pytest.approx(values_L.sum().item(), rel=0.01)
 
 
-@pytest.mark.parametrize("positions", ["rope", "learned"])
-def test_the_model_sees_kept_tokens_at_their_places_and_no_others(positions: str) -> None:
+def tiny_model(positions: str) -> STAR:
+    """Whose logits are large enough for differences to show."""
     config = StarConfig(
         depth=2, width=32, heads=2, scales=FULL.sides, vocab_size=64, code_dim=8, text_width=16, positions=positions
     )
@@ -47,6 +47,12 @@ def test_the_model_sees_kept_tokens_at_their_places_and_no_others(positions: str
     initialize_weights(model, seed=1)
     with torch.no_grad():
         model.head_logits.weight.mul_(50)
+    return model
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_the_model_sees_kept_tokens_at_their_places_and_no_others(positions: str) -> None:
+    model = tiny_model(positions)
     generator = torch.Generator().manual_seed(0)
     inputs = pack_inputs(torch.randn(2, FULL.num_tokens - 1, 8, generator=generator)).unflatten(0, (2, -1))
     text, pooled = torch.randn(7, 16, generator=generator), torch.randn(2, 16, generator=generator)
@@ -79,14 +85,11 @@ def test_the_model_sees_kept_tokens_at_their_places_and_no_others(positions: str
 def test_kept_tokens_are_those_of_a_whole_sample_that_does_not_see_the_others(
     positions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = StarConfig(
-        depth=2, width=32, heads=2, scales=FULL.sides, vocab_size=64, code_dim=8, text_width=16, positions=positions
+    model = tiny_model(positions)
+    generator = torch.Generator().manual_seed(0)
+    inputs, text, pooled = (
+        torch.randn(shape, generator=generator) for shape in ((2, FULL.num_tokens, 8), (7, 16), (2, 16))
     )
-    model = STAR(config)
-    initialize_weights(model, seed=1)
-    with torch.no_grad():
-        model.head_logits.weight.mul_(50)
-    inputs, text, pooled = torch.randn(2, FULL.num_tokens, 8), torch.randn(7, 16), torch.randn(2, 16)
     dropping = TokenDropping(FULL, FULL.keeping(0.4, 2), 0, device=CPU)
     kept, rows = dropping.positions([3, 4], step=0), torch.arange(2)[:, None]
     layout = PackedLayout.uniform(dropping.schedule, 2, (3, 4))
