@@ -249,9 +249,7 @@ def _load(config: TextSection, dtype: torch.dtype, copy: Path | None = None):
             attn_implementation="eager",
             output_loading_info=True,
         )
-    except (
-        Exception
-    ) as error:  # damaged files end in many kinds: SafetensorError, TypeError, tokenizers' bare Exception
+    except Exception as error:  # of damaged files: SafetensorError, TypeError, tokenizers' bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = Unreachable if _is_unreachable(error) else UserError
         raise kind(
