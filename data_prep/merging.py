@@ -90,7 +90,10 @@ def read_remote_metadata(store: ObjectStore, folder: str = "") -> DatasetMetadat
     try:
         text = store.read(f"{folder}{METADATA_FILE}")
     except FileNotFoundError:
-        raise UserError(f"no data set at {place}; merge its partitions first (python -m data_prep.merge)") from None
+        raise UserError(
+            f"no data set at {place}: its partitions are not merged yet (python -m data_prep.merge), or held no usable "
+            f"picture, as the merge then said"
+        ) from None
     return parse_metadata(text, place)
 
 

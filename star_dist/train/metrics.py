@@ -100,11 +100,15 @@ class MetricsLog:
         if self.enabled:
             self.bar.write(text, file=sys.stderr)
 
-    def close(self) -> None:
+    def close_bar(self) -> None:
+        """Leaves its line, so that what is said last stands on one of its own."""
         if self.enabled:
             self.bar.close()
-            if self.wandb is not None:
-                self.wandb.finish()
+
+    def finish(self) -> None:
+        """The run is trained to its end. W&B notes by itself where it ends before, and with which exit code."""
+        if self.enabled and self.wandb is not None:
+            self.wandb.finish()
 
 
 def peak_flops(config: RunConfig, device: torch.device) -> tuple[float, str]:

@@ -15,7 +15,7 @@ from star_dist.config import RunConfig
 from star_dist.data.batches import HeldOutBatches, TrainBatches
 from star_dist.data.dataset import MicroBatch
 from star_dist.data.schema import DatasetMetadata
-from star_dist.errors import UserError
+from star_dist.errors import RunEnded, UserError
 from star_dist.files import training_goes_on
 from star_dist.inference.grid import GridSection, draw_grid
 from star_dist.inference.pipeline import StarPipeline
@@ -103,14 +103,23 @@ class Trainer:
         gc.collect()
         gc.freeze()  # collections go through what the loop makes, not through a million objects of libraries
         gc.disable()  # a collection on one rank keeps all others waiting; _report collects on all at once
-        with self.supervisor.watching(self.first_step):
-            step = self.first_step
-            self._examine_what_was_saved()
-            while step < self.config.train.steps:
-                step = self._train_from(step)
+        asked_to_end = None
+        try:
+            with self.supervisor.watching(self.first_step):
+                step = self.first_step
+                self._examine_what_was_saved()
+                while step < self.config.train.steps:
+                    step = self._train_from(step)
+        except RunEnded as ended:
+            asked_to_end = ended
+        finally:
+            self.log.close_bar()
+        # Not after another error: DeepSpeed's engine waits for the GPU when it is collected, and that for other ranks.
         gc.enable()
         gc.unfreeze()
-        self.log.close()
+        if asked_to_end is not None:
+            raise asked_to_end
+        self.log.finish()
 
     def _train_from(self, first_step: int) -> int:
         """Trains from a step on; returns the last step, or after a spike the earlier one to go on from."""

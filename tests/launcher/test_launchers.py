@@ -68,6 +68,21 @@ def test_a_run_goes_on_under_every_launcher_and_draws(run_config: Callable[..., 
     assert result.returncode == 0 and picture.read_bytes().startswith(b"\x89PNG"), result.stderr
 
 
+def test_what_a_run_says_last_stands_alone(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Not behind the progress bar, nor before a list of what libraries miss when Python ends."""
+    config = run_config(train={"steps": 1000})
+    (tmp_path / "config.json").write_text(dump_config(config))
+    command = [sys.executable, "launcher/train.py", "--config", str(tmp_path / "config.json")]
+    running = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 150
+    while last_step(config) < 3 and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGUSR1)
+    said = running.communicate(timeout=60)[1].splitlines()
+    assert running.returncode == 75
+    assert said[-1] == f"SIGUSR1: the run goes on from step {last_step(config)} when started again", said[-3:]
+
+
 def test_node_py_keeps_exit_codes(tmp_path: Path) -> None:
     """A rank's own code, or 128 and the signal that ended it."""
     script = tmp_path / "rank.py"

@@ -18,7 +18,7 @@ from star_dist.model.config import StarConfig
 from star_dist.model.initialization import initialize_weights
 from star_dist.model.layout import PackedLayout
 from star_dist.model.rope import axis_coordinates, schedule_rotary
-from star_dist.model.star import STAR, pack_inputs
+from star_dist.model.star import STAR, Head, pack_inputs
 from star_dist.public_layout import check_weights
 from star_dist.scales import ScaleSchedule
 from tests.model.flash_stand_in import StandIn
@@ -278,6 +278,16 @@ def test_head_and_loss_are_float32_in_bf16() -> None:
     exact = STAR(TINY)
     initialize_weights(exact, seed=1)
     assert (logits - exact(pack_inputs(inputs), hidden, pooled, layout=layout)).abs().max() < 2e-3  # logits of 0.05
+
+
+@pytest.mark.parametrize("targets", [None, torch.arange(6)])
+def test_the_heads_norm_is_float32_in_bf16(targets: torch.Tensor | None) -> None:
+    """Bit for bit what the same rows give in float32: a norm in bf16 would round them before the projection."""
+    head = Head(16, 64).bfloat16()
+    rows = torch.randn(6, 16).add(3).bfloat16()
+    found, expected = head(rows, targets), head(rows.float(), targets)
+    for ours, theirs in zip((found,) if targets is None else found, (expected,) if targets is None else expected):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_training_step_never_waits_for_the_device(tiny: STAR) -> None:

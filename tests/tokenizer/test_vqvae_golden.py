@@ -68,6 +68,16 @@ def test_every_scale_takes_the_phi_that_the_public_code_takes() -> None:
         assert chosen(num_scales) == public
 
 
+@pytest.mark.parametrize("num_phi", [1, 2, 3, 5, 8])
+def test_other_numbers_of_phi_stand_in_the_middle_of_equal_parts(num_phi: int) -> None:
+    """The public code has its thirds for four of them alone."""
+    phis = SharedPhi(num_phi, 1)
+    middles = np.linspace(1 / 2 / num_phi, 1 - 1 / 2 / num_phi, num_phi)
+    for num_scales in range(2, 40):
+        chosen = [list(phis.qresi_ls).index(phis.at(scale, num_scales)) for scale in range(num_scales)]
+        assert chosen == [int(np.argmin(np.abs(middles - k / (num_scales - 1)))) for k in range(num_scales)]
+
+
 def test_input_scale_by_scale_equals_the_teacher_forcing_input(
     model: MultiScaleVQVAE, golden: dict[str, Tensor], schedule: ScaleSchedule
 ) -> None:

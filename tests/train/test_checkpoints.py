@@ -125,6 +125,17 @@ def test_a_shard_of_other_bytes_is_refused(run_config: MakeConfig) -> None:
         train_on(run_config(train={"steps": 6}), 1)
 
 
+def test_other_settings_of_the_optimizer_are_refused(run_config: MakeConfig) -> None:
+    """As of code that has other groups: its moments would go on under another decay."""
+    train_on(config := run_config(train={"steps": 3}), 1)
+    index = Path(config.run_dir) / "checkpoints" / "step_00000003" / "index.json"
+    text = index.read_text()
+    assert text.count('"weight_decay": 0.05') == 1
+    index.write_text(text.replace('"weight_decay": 0.05', '"weight_decay": 0.07'))
+    with pytest.raises(RankFailed, match=r"with groups\.decay\.weight_decay = 0\.07, this code has 0\.05"):
+        train_on(run_config(train={"steps": 6}), 1)
+
+
 def test_an_index_that_lacks_values_is_refused(run_config: MakeConfig, tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, CheckpointSection())
     folder.begin(3, 0)
