@@ -36,7 +36,6 @@ class TrainBatches:
         self.global_batch = config.train.global_batch
         self.seed = config.seed
         self.caption_weights = data.caption_weights
-        self.num_canonical_nodes = data.num_canonical_nodes
         self.dataset = CaptionedTokens(
             data,
             data.train_split,
@@ -71,17 +70,7 @@ class TrainBatches:
         """Endless micro-batches, the first being this rank's first one of optimizer step `step` (counted from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         while True:
-            # Else streaming drops the state of an epoch that it has already begun, and begins the next one.
-            self.dataset.next_epoch = epoch
-            self.dataset.load_state_dict(
-                {
-                    "epoch": epoch,
-                    "sample_in_epoch": step_in_epoch * self.global_batch,
-                    "num_canonical_nodes": self.num_canonical_nodes,
-                    "shuffle_seed": self.seed,
-                    "initial_physical_nodes": None,
-                }
-            )
+            self.dataset.position = epoch, step_in_epoch * self.global_batch
             remaining = (self.steps_per_epoch - step_in_epoch) * self.micro_batches_per_step
             batches = iter(self.loader)
             for i in range(remaining):

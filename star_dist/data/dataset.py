@@ -20,6 +20,7 @@ import torch
 from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.world import World
 from torch import Tensor
 
 from star_dist.config import DataSection
@@ -88,7 +89,8 @@ class SkippedShard(Exception):
 class CaptionedTokens(StreamingDataset):
     """One split; samples as dicts of `sample_id`, `present`, `tokens`, `captions` and optionally `features`.
 
-    metadata: of every source.
+    metadata: of every source. position: where the next pass begins, an epoch and how many of its samples (over all
+    ranks) are left out.
 
     Raises:
         UserError: no such split, a local shard that is missing or cut short, or a cache limit that is too small.
@@ -113,6 +115,7 @@ class CaptionedTokens(StreamingDataset):
         self.skip_corrupt = data.corrupt_shards == "skip"
         self.place = f"{data.place}/{split}"
         self.cache = ", ".join(source.local for source in data.all_sources)
+        self.position = (0, 0)
         self.failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -125,6 +128,11 @@ class CaptionedTokens(StreamingDataset):
         yield from super().__iter__()
         if self.failure is not None:
             raise self._explained(self.failure)
+
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        """The library takes the place from shared memory instead, which every pass opens anew and none closes."""
+        self._set_shuffle_block_size(world)
+        return self.position
 
     def on_exception(self, future: Future) -> None:
         """Keeps what a download thread died of: the library would end the epoch early and say nothing."""

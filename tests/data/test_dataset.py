@@ -89,6 +89,30 @@ def test_going_back_in_one_process_gives_the_same_samples(run_config: MakeConfig
                 assert by_step.setdefault(first_step + i, of_step) == of_step, first_step + i
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_epoch_leaves_no_file_open(run_config: MakeConfig, num_workers: int) -> None:
+    config = run_config(data={"num_workers": num_workers})
+
+    def open_files() -> list[int]:
+        import torch.distributed
+
+        from star_dist.data.batches import TrainBatches
+
+        process = prepare_process_environment()
+        torch.distributed.init_process_group("gloo")
+        batches = TrainBatches(config, fetch_metadata(config.data), process.world_size)
+        stream = batches.starting_at(0)
+        found = []
+        for _ in range(8):
+            for _ in range(batches.steps_per_epoch * batches.micro_batches_per_step):
+                next(stream)
+            found.append(len(list(Path("/proc/self/fd").iterdir())))
+        return found
+
+    (found,) = run_ranks(open_files, 1)
+    assert found[-1] <= found[1], found
+
+
 def test_a_shard_that_is_evicted_while_it_is_waited_for_is_fetched_again() -> None:
     """As a cache limit does it that is small for what is read ahead."""
     states = [_ShardState.LOCAL, _ShardState.PREPARING]
