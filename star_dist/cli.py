@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import select
 import sys
 import time
@@ -21,11 +22,13 @@ PREEMPTED_EXIT = 75  # EX_TEMPFAIL of sysexits.h: saved on SIGUSR1 or SIGTERM, a
 INTERRUPTED_EXIT = 130  # Ctrl-C, as shells have it; a training has saved before
 BROKEN_PIPE_EXIT = 141  # SIGPIPE, as shells have it
 OTHER_RANKS_WAIT_S = 10
+LOST_RANK = re.compile(r"gloo.*?(Connection (?:closed|reset) by peer|Broken pipe)", re.DOTALL)  # as gloo says it
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command's `main` and exits: 0, 2 or 69 with `error: …` on stderr for a UserError, 1 for a file that cannot
-    be read or written, 141 in silence where nobody reads stdout any more, or as asked.
+    be read or written and for a rank that has lost another, 141 in silence where nobody reads stdout any more, or as
+    asked.
     """
     try:
         main()
@@ -48,6 +51,17 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if error.filename is None or "RANK" in os.environ:  # of a training people want to know where it was
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except RuntimeError as error:
+        lost = LOST_RANK.search(str(error))
+        if lost is None or "RANK" not in os.environ:
+            raise
+        time.sleep(OTHER_RANKS_WAIT_S)  # a launcher that sees the other's end ends this one, and one message is left
+        print(
+            f"error: rank {os.environ['RANK']} has lost another rank, whose own message says why it ended ({lost[1]})",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

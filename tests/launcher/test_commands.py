@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from star_dist import cli
 from star_dist.config import RunConfig, dump_config
-from tests.ranks import run_script
+from tests.ranks import run_ranks, run_script
 from tests.train.runs import train_on
 
 ROOT = Path(__file__).parents[2]
@@ -180,6 +185,22 @@ def test_mistakes_end_in_one_line(command: list[str], said: str) -> None:
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and said in errors[0]
     assert "Traceback" not in result.stderr
+
+
+def test_a_rank_that_has_lost_another_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "OTHER_RANKS_WAIT_S", 0)
+
+    def ends_first_or_is_left() -> tuple[int, str] | None:
+        torch.distributed.init_process_group("gloo")
+        if os.environ["RANK"] == "1":
+            return torch.distributed.destroy_process_group()
+        with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as ended:
+            cli.run_command(torch.distributed.barrier)
+        return ended.value.code, said.getvalue()
+
+    (code, said), _ = run_ranks(ends_first_or_is_left, 2)
+    assert code == 1
+    assert re.fullmatch(r"error: rank 0 has lost another rank, whose own message says why it ended \(.*peer\)\n", said)
 
 
 @pytest.mark.parametrize(

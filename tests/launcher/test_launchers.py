@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from star_dist.config import RunConfig, dump_config
@@ -81,6 +82,23 @@ def test_what_a_run_says_last_stands_alone(run_config: Callable[..., RunConfig],
     said = running.communicate(timeout=60)[1].splitlines()
     assert running.returncode == 75
     assert said[-1] == f"SIGUSR1: the run goes on from step {last_step(config)} when started again", said[-3:]
+
+
+def test_a_killed_rank_ends_the_others_without_a_word(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """What they would print, tracebacks of lost connections, hides the line that says why the first one ended."""
+    config = run_config(train={"steps": 1000})
+    (tmp_path / "config.json").write_text(dump_config(config))
+    node = [sys.executable, "launcher/node.py", "--nproc-per-node=2", "--master-port=29638"]
+    command = [*node, "launcher/train.py", "--config", str(tmp_path / "config.json")]
+    running = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 150
+    while last_step(config) < 3 and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks = [process for process in psutil.Process(running.pid).children() if "LOCAL_RANK" in process.environ()]
+    next(rank for rank in ranks if rank.environ()["LOCAL_RANK"] == "1").kill()
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 137
+    assert "Traceback" not in said and "error:" not in said, said
 
 
 def test_node_py_keeps_exit_codes(tmp_path: Path) -> None:
