@@ -67,6 +67,7 @@ class Ranks:
             sending.close()
             self.processes.append(process)
             self.pipes.append(receiving)
+        gc.unfreeze()  # what is frozen when Python ends outlives it, and Triton lists that
 
     def results(self) -> list[Any]:
         """What each rank's function returned.

@@ -71,6 +71,7 @@ class Launcher:
             for _ in range(WORLD_SIZE):
                 os.wait()
             os._exit(0)
+        gc.unfreeze()
         self.process = psutil.Process(pid)
         self.ranks: list[psutil.Process] = []
         self.workers: list[psutil.Process] = []
