@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 
 from star_dist.config import RunConfig, dump_config
 from tests.ranks import run_script
-from tests.train.runs import last_step, metrics
+from tests.train.runs import last_step, metrics, wait_for_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -47,9 +46,7 @@ def test_a_run_goes_on_under_every_launcher_and_draws(run_config: Callable[..., 
             command = [*deepspeed, *launcher, *training]
             options = dict(cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
             running = subprocess.Popen(command, **options)
-            deadline = time.monotonic() + 150
-            while last_step(config) < before + 7 and running.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
+            wait_for_step(config, before + 7, lambda running=running: running.poll() is None)
             assert last_step(config) >= before + 7, (tmp_path / "log").read_text()[-3000:]
             os.killpg(running.pid, signal.SIGKILL)
             running.wait()
@@ -75,9 +72,7 @@ def test_what_a_run_says_last_stands_alone(run_config: Callable[..., RunConfig],
     (tmp_path / "config.json").write_text(dump_config(config))
     command = [sys.executable, "launcher/train.py", "--config", str(tmp_path / "config.json")]
     running = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 150
-    while last_step(config) < 3 and running.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_step(config, 3, lambda: running.poll() is None)
     running.send_signal(signal.SIGUSR1)
     said = running.communicate(timeout=60)[1].splitlines()
     assert running.returncode == 75
@@ -91,9 +86,7 @@ def test_a_killed_rank_ends_the_others_without_a_word(run_config: Callable[..., 
     node = [sys.executable, "launcher/node.py", "--nproc-per-node=2", "--master-port=29638"]
     command = [*node, "launcher/train.py", "--config", str(tmp_path / "config.json")]
     running = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 150
-    while last_step(config) < 3 and running.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_step(config, 3, lambda: running.poll() is None)
     ranks = [process for process in psutil.Process(running.pid).children() if "LOCAL_RANK" in process.environ()]
     next(rank for rank in ranks if rank.environ()["LOCAL_RANK"] == "1").kill()
     said = running.communicate(timeout=60)[1]

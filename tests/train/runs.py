@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from star_dist.config import RunConfig
 from tests.ranks import Ranks, run_ranks
 
 FACTS_OF_TIME = ("throughput/", "time/", "memory/")
+STEP_TIMEOUT_S = 150
 
 
 def train(config: RunConfig) -> None:
@@ -48,6 +51,13 @@ def last_step(config: RunConfig) -> int:
         return max(metrics(config), default=0)
     except json.JSONDecodeError:  # a line that is being written
         return 0
+
+
+def wait_for_step(config: RunConfig, step: int, alive: Callable[[], bool] = lambda: True) -> None:
+    """Returns when a running training has reported a step; also when it has ended, or after STEP_TIMEOUT_S."""
+    deadline = time.monotonic() + STEP_TIMEOUT_S
+    while last_step(config) < step and alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def weights(config: RunConfig) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ import torch
 from star_dist.config import RunConfig
 from star_dist.train.facts import read_events, summarize
 from tests.ranks import renew_thread_pool
-from tests.train.runs import last_step, metrics, train, train_on, weights
+from tests.train.runs import last_step, metrics, train, train_on, wait_for_step, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -132,10 +132,7 @@ def test_twenty_kills_change_nothing(run_config: Callable[..., RunConfig], tmp_p
     for kill in range(NUM_KILLS):
         before = last_step(config)
         launcher = Launcher(config)
-        goal = before + choice.randint(1, 4)
-        deadline = time.monotonic() + DEADLINE_S
-        while last_step(config) < goal and time.monotonic() < deadline and launcher.ranks[0].is_running():
-            time.sleep(0.01)
+        wait_for_step(config, before + choice.randint(1, 4), launcher.ranks[0].is_running)
         time.sleep(choice.uniform(0, 0.1))
         launcher.kill_one(kinds[kill % len(kinds)], choice)
         launcher.wait()
@@ -157,9 +154,7 @@ def test_twenty_kills_change_nothing(run_config: Callable[..., RunConfig], tmp_p
 def test_a_killed_launcher_lets_its_ranks_save(run_config: Callable[..., RunConfig]) -> None:
     config = run_config(train={"steps": 1000}, checkpoint={"every": 1000})
     launcher = Launcher(config)
-    deadline = time.monotonic() + DEADLINE_S
-    while last_step(config) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_step(config, 3)
     launcher.process.send_signal(signal.SIGKILL)
     launcher.wait()
     end = read_events(Path(config.run_dir))[-1]

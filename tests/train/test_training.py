@@ -15,7 +15,7 @@ from star_dist.config import RunConfig
 from star_dist.model.flops import training_flops
 from star_dist.train.facts import read_events
 from tests.ranks import RankFailed, run_ranks
-from tests.train.runs import metrics, start_training, train, train_on, weights
+from tests.train.runs import metrics, start_training, train, train_on, wait_for_step, weights
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -197,22 +197,13 @@ def test_killed_and_resumed_is_bit_identical(
     config = run_config(run_dir=str(tmp_path / "killed"), **sections)
     for kill_after_step in (2, 9):
         ranks = start_training(config, world_size)
-        deadline = time.monotonic() + 120
-        while max(metrics_or_nothing(config), default=0) < kill_after_step and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_for_step(config, kill_after_step)
         ranks.kill()
     found = train_on(config, world_size)
     assert found == expected
     assert sorted(found) == [2, 3, 4, 6, 8, 9, 10, 12, 14]  # every second step, and every checkpoint
     resumed, whole = weights(config), weights(undisturbed)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-
-
-def metrics_or_nothing(config: RunConfig) -> dict[int, dict[str, float]]:
-    try:
-        return metrics(config)
-    except json.JSONDecodeError:  # a line that is just being written
-        return {}
 
 
 def test_a_finished_run_started_again_does_nothing(run_config: MakeConfig) -> None:
@@ -504,9 +495,7 @@ def test_another_runs_checkpoint_is_refused(run_config: MakeConfig) -> None:
 def test_two_trainings_never_share_a_run_folder(run_config: MakeConfig) -> None:
     config = run_config(train={"steps": 2000})
     running = start_training(config, 1)
-    deadline = time.monotonic() + 120
-    while not metrics_or_nothing(config) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_step(config, 1)
     try:
         with pytest.raises(RankFailed, match="another training is running"):
             train_on(config, 1)
