@@ -41,11 +41,15 @@ def is_loader_worker(process: psutil.Process) -> bool:
 
 
 def still_alive(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Those that have not ended in time; one that has and that nobody has waited for yet does not live."""
+    """Those that have not ended in time; one that has and that nobody has waited for yet does not live.
+
+    One whose first thread alone has ended is called a zombie, too, but holds its locks until the others have.
+    """
 
     def lives(process: psutil.Process) -> bool:
         try:
-            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+            zombie = process.status() == psutil.STATUS_ZOMBIE
+            return process.is_running() and (not zombie or process.num_threads() > 1)
         except psutil.NoSuchProcess:
             return False
 
