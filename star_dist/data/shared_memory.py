@@ -2,12 +2,15 @@
 
 Every StreamingDataset takes a number on its host and keeps segments /dev/shm/<number>_<name> and lock files in the
 temporary folder under it. The library's own cleaner removes those of every job on the host. Here each dataset leaves
-a record, locked as long as its process lives; only what a record without a living owner names is removed.
+a record, locked as long as its process lives; only what a record without a living owner names is removed. Records lie
+beside the segments: containers of one host may share a temporary folder and not /dev/shm, and jobs /dev/shm and not a
+temporary folder.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import secrets
 import tempfile
@@ -27,7 +30,7 @@ RECORD_PREFIX = f"star_dist_streaming_{os.getuid()}_"
 
 NUMBERS = 10**6  # six digits
 
-_records: list[IO[str]] = []  # open, and so locked, until this process ends
+_records: dict[int, IO[str]] = {}  # open, and so locked, until this process ends
 
 
 @contextmanager
@@ -51,13 +54,15 @@ def one_number_for_all_ranks() -> Iterator[None]:
 
 def record_segments(number: int) -> None:
     """Marks the segments of a number as this process's, for whoever cleans up after it."""
-    record = try_lock(Path(tempfile.gettempdir()) / f"{RECORD_PREFIX}{number:06}")
+    path = SEGMENTS / f"{RECORD_PREFIX}{number:06}"
+    partial = path.with_name(f".{path.name}")
+    record = try_lock(partial)
     if record is None:
-        return  # a process that forked from us keeps it; it lives as long
-    record.truncate(0)
-    record.write(_segment(number, LOCALS).read_bytes().hex())
+        return  # another first rank of the same job marks them just now; it lives as long
+    record.write(json.dumps({"identity": _identity(number), "lock_folder": tempfile.gettempdir()}))
     record.flush()
-    _records.append(record)
+    partial.rename(path)  # whoever cleans up sees it locked and whole or not at all
+    _records[number] = record
 
 
 def remove_segments_of_dead_jobs() -> int:
@@ -66,31 +71,30 @@ def remove_segments_of_dead_jobs() -> int:
     For one process of a host, before its others look for a free number.
     """
     removed = 0
-    for path in sorted(Path(tempfile.gettempdir()).glob(f"{RECORD_PREFIX}*")):
+    for path in sorted(SEGMENTS.glob(f"{RECORD_PREFIX}*")):
         number = int(path.name.removeprefix(RECORD_PREFIX))
-        if any(Path(record.name) == path for record in _records):
+        if number in _records:
             continue  # this process's own; POSIX locks do not keep a process from itself
         record = try_lock(path)
         if record is None:
             continue
         with record:
             record.seek(0)
-            identity = record.read()
-            found = _segment(number, LOCALS)
+            recorded = json.load(record)
             # Somebody else may have cleaned up and another job taken the number since.
-            if not found.exists() or _is_same(identity, found.read_bytes().hex()):
+            if not _segment(number, LOCALS).exists() or _identity(number) == recorded["identity"]:
                 for name in SHM_TO_CLEAN:
                     _segment(number, name).unlink(missing_ok=True)
                 for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
-                    (path.parent / f"{number:06}_{name}").unlink(missing_ok=True)
+                    (Path(recorded["lock_folder"]) / f"{number:06}_{name}").unlink(missing_ok=True)
                 removed += 1
             path.unlink(missing_ok=True)
     return removed
 
 
-def _is_same(recorded: str, found: str) -> bool:
-    """Compares all but the first four bytes, the length, which a dataset sets to zero when it is destroyed."""
-    return bool(recorded) and recorded[8:] == found[8:]
+def _identity(number: int) -> str:
+    """Whose segments they are: all but the first four bytes, the length, which a dataset that is destroyed zeroes."""
+    return _segment(number, LOCALS).read_bytes()[4:].hex()
 
 
 def _segment(number: int, name: str) -> Path:

@@ -192,35 +192,44 @@ def test_two_trainings_do_not_share_a_cache(on_s3: MakeConfig, run_config: MakeC
     assert run_ranks(lambda: bool(claim_caches(data)), 1) == [True]
 
 
-def test_killed_jobs_are_cleaned_up_after_and_living_ones_left_alone(run_config: MakeConfig, many_shards: Path) -> None:
-    """A whole job killed with -9, the tracker that frees its shared memory included; another one lives on."""
+def test_killed_jobs_are_cleaned_up_after_and_living_ones_left_alone(
+    run_config: MakeConfig, many_shards: Path, tmp_path: Path
+) -> None:
+    """A whole job killed with -9, the tracker that frees its shared memory included; another one lives on.
+
+    Each has a folder for temporary files of its own, as jobs of some clusters have.
+    """
     config = run_config(data={"local": str(many_shards)})
     kept = []
 
-    def job() -> int:
+    def job(temporary: Path) -> int:
+        temporary.mkdir()
+        tempfile.tempdir = str(temporary)
         prepare_process_environment()
         remove_segments_of_dead_jobs()
         batches = TrainBatches(config, fetch_metadata(config.data), 1)
         kept.append((batches, next(batches.starting_at(0))))
         return batches.dataset._shm_prefix_int
 
-    def start() -> tuple[Ranks, int]:
+    def start(name: str) -> tuple[Ranks, int]:
         """A job that has its number and lives on."""
-        running = Ranks(job, 1)
+        running = Ranks(job, 1, tmp_path / name)
         succeeded, value = running.pipes[0].recv()
         assert succeeded, value
         return running, value
 
-    jobs = [start(), start()]
+    jobs = [start("killed"), start("living")]
     try:
-        (_, living), (killed_job, killed) = jobs
+        (killed_job, killed), (_, living) = jobs
         killed_job.kill()
         assert list(SEGMENTS.glob(f"{killed:06}_*"))  # nobody was left to remove them
-        before = {file: file.stat().st_ino for file in SEGMENTS.glob(f"{living:06}_*")}
-        jobs.append(start())
-        assert not list(SEGMENTS.glob(f"{killed:06}_*"))
-        assert before and {file: file.stat().st_ino for file in SEGMENTS.glob(f"{living:06}_*")} == before
-        assert (Path(tempfile.gettempdir()) / f"{RECORD_PREFIX}{living:06}").exists()
+        assert list((tmp_path / "killed").glob(f"{killed:06}_*"))
+        before = {file: file.stat().st_ino for file in SEGMENTS.glob(f"*{living:06}*")}
+        jobs.append(start("next"))
+        assert not list(SEGMENTS.glob(f"*{killed:06}*"))
+        assert not list((tmp_path / "killed").glob(f"{killed:06}_*"))
+        assert {file: file.stat().st_ino for file in SEGMENTS.glob(f"*{living:06}*")} == before
+        assert SEGMENTS / f"{RECORD_PREFIX}{living:06}" in before
     finally:
         for running, _ in jobs:
             running.kill()
