@@ -65,12 +65,11 @@ def record_segments(number: int) -> None:
     _records[number] = record
 
 
-def remove_segments_of_dead_jobs() -> int:
-    """Removes what recorded jobs of this user left on this host that live no longer; returns how many.
+def remove_segments_of_dead_jobs() -> None:
+    """Removes what recorded jobs of this user left on this host that live no longer.
 
     For one process of a host, before its others look for a free number.
     """
-    removed = 0
     for path in sorted(SEGMENTS.glob(f"{RECORD_PREFIX}*")):
         number = int(path.name.removeprefix(RECORD_PREFIX))
         if number in _records:
@@ -80,16 +79,18 @@ def remove_segments_of_dead_jobs() -> int:
             continue
         with record:
             record.seek(0)
-            recorded = json.load(record)
-            # Somebody else may have cleaned up and another job taken the number since.
-            if not _segment(number, LOCALS).exists() or _identity(number) == recorded["identity"]:
-                for name in SHM_TO_CLEAN:
-                    _segment(number, name).unlink(missing_ok=True)
-                for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
-                    (Path(recorded["lock_folder"]) / f"{number:06}_{name}").unlink(missing_ok=True)
-                removed += 1
+            if text := record.read():  # else another job has just cleaned up, and opening has made the record anew
+                _remove_segments(number, **json.loads(text))
             path.unlink(missing_ok=True)
-    return removed
+
+
+def _remove_segments(number: int, identity: str, lock_folder: str) -> None:
+    if _segment(number, LOCALS).exists() and _identity(number) != identity:
+        return  # somebody else has cleaned up, and another job taken the number since
+    for name in SHM_TO_CLEAN:
+        _segment(number, name).unlink(missing_ok=True)
+    for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
+        (Path(lock_folder) / f"{number:06}_{name}").unlink(missing_ok=True)
 
 
 def _identity(number: int) -> str:

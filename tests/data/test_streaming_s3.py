@@ -6,16 +6,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 
 from data_prep.tokenization import tokenize
 from star_dist.config import PrepConfig, RunConfig, parse_config
+from star_dist.data import shared_memory
 from star_dist.data.batches import TrainBatches, spread_over_sources
 from star_dist.data.fetch import fetch_metadata
 from star_dist.data.shared_memory import RECORD_PREFIX, SEGMENTS, remove_segments_of_dead_jobs
 from star_dist.errors import UserError
+from star_dist.files import try_lock
 from star_dist.process import prepare_process_environment
 from tests.data.test_dataset import order
 from tests.fault_proxy import FaultProxy
@@ -233,6 +236,20 @@ def test_killed_jobs_are_cleaned_up_after_and_living_ones_left_alone(
     finally:
         for running, _ in jobs:
             running.kill()
+
+
+def test_two_jobs_clean_up_after_a_killed_one_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has seen the record that the other removes before it is opened, which makes it anew."""
+
+    def lock_after_the_other_has_removed_it(path: Path) -> IO[str] | None:
+        path.unlink()
+        return try_lock(path)
+
+    (tmp_path / f"{RECORD_PREFIX}000000").touch()
+    monkeypatch.setattr(shared_memory, "SEGMENTS", tmp_path)
+    monkeypatch.setattr(shared_memory, "try_lock", lock_after_the_other_has_removed_it)
+    remove_segments_of_dead_jobs()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
