@@ -3,7 +3,6 @@
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -24,7 +23,7 @@ from tests.data.test_dataset import order
 from tests.fault_proxy import FaultProxy
 from tests.ranks import RankFailed, Ranks, run_ranks
 from tests.s3 import S3Bucket
-from tests.train.runs import train, weights
+from tests.train.runs import start_training, train, wait_for_step, weights
 
 MakeConfig = Callable[..., RunConfig]
 SHARD = "shard.00002.mds"
@@ -266,11 +265,8 @@ def test_training_from_s3_killed_and_resumed_ends_like_an_undisturbed_local_one(
     s3_faults.inject("status_503", path="/shard.0000", times=4)
     s3_faults.inject("corrupt", path="/shard.0000", times=2)
     config = on_s3(run_dir=str(tmp_path / "s3"), train={"steps": 9})
-    metrics = Path(config.run_dir) / "metrics.jsonl"
-    ranks = Ranks(train, 2, config)
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= 5) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    ranks = start_training(config, 2)
+    wait_for_step(config, 5)
     ranks.kill()
     other = json.loads(s3.read("set/dataset.json")) | {"content_hash": "of another"}
     s3.write("other/dataset.json", json.dumps(other).encode())
