@@ -14,14 +14,16 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from star_dist.errors import Unreachable, UserError
 from star_dist.files import replaced
+
+Result = TypeVar("Result")
 
 S3_SCHEME = "s3://"
 ENDPOINT_VARIABLE = "S3_ENDPOINT_URL"
@@ -29,6 +31,7 @@ CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 ATTEMPTS = 8  # the client's pauses are random up to 1, 2, 4, … 64 s: a minute on average, two at most
 FIRST_PAUSE_S = 0.5  # between attempts at a body; each next one is twice as long, a minute in all
+METADATA_ATTEMPTS = 5  # at credentials, each of a second at most
 CONNECTIONS = 64
 DELETED_AT_ONCE = 1000  # the most that S3 takes in one request
 UNFINISHED_FOLDER = ".unfinished"  # inside a local store, so that whatever a kill leaves is in one place
@@ -209,8 +212,11 @@ class FolderStore:
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         partial = self.path / UNFINISHED_FOLDER / uuid.uuid4().hex
         partial.parent.mkdir(exist_ok=True)
-        yield partial
-        os.replace(partial, self.path / name)
+        try:
+            yield partial
+            os.replace(partial, self.path / name)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 class S3Store:
@@ -265,7 +271,16 @@ class S3Store:
 
     def read(self, name: str) -> bytes:
         with self._explained("read", name):
-            return self._read_with_retries(name)
+            import botocore.exceptions as broken
+
+            # The client retries requests, but not a body that ends early, stalls or differs from its checksum.
+            return _again_after_broken_bodies(
+                lambda: self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read(),
+                broken.ResponseStreamingError,
+                broken.ReadTimeoutError,
+                broken.IncompleteReadError,
+                broken.FlexibleChecksumError,
+            )
 
     def read_start(self, name: str) -> bytes:
         """The first bytes of an object, which show that it can be read."""
@@ -275,7 +290,9 @@ class S3Store:
 
     def download(self, name: str, path: Path) -> None:
         with self._explained("read", name), replaced(path) as partial:
-            self.client.download_file(self.bucket, self.prefix + name, str(partial))
+            _again_after_broken_bodies(
+                lambda: self.client.download_file(self.bucket, self.prefix + name, str(partial))
+            )
 
     def write(self, name: str, data: bytes) -> None:
         with self._explained("write", name):
@@ -324,6 +341,8 @@ class S3Store:
             from boto3.session import Session
             from botocore.config import Config
 
+            # Of an instance role: by default one short fault of the service that gives them means "no credentials".
+            os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", str(METADATA_ATTEMPTS))
             # The modes "standard" and "adaptive" share one quota of retries among all threads, which a store that
             # answers 500 or 503 uses up in a second; "legacy" has none, and pauses that grow without a limit.
             options = Config(
@@ -342,35 +361,22 @@ class S3Store:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_client": None}
 
-    def _read_with_retries(self, name: str) -> bytes:
-        """The client retries requests, but not a body that ends early, stalls or differs from its checksum."""
-        import botocore.exceptions as broken
-
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read()
-            except (
-                broken.ResponseStreamingError,
-                broken.ReadTimeoutError,
-                broken.IncompleteReadError,
-                broken.FlexibleChecksumError,
-            ):
-                if attempt == ATTEMPTS:
-                    raise
-                time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
-        raise AssertionError("unreachable")
-
     @contextlib.contextmanager
     def _explained(self, action: str, name: str) -> Iterator[None]:
         """Turns what the client raises into one line that says what to change."""
         import boto3.exceptions
         import botocore.exceptions
+        import urllib3.exceptions
 
         try:
             yield
         except boto3.exceptions.Boto3Error as error:
             self._explain(action, name, error.__context__ or error)
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
+        except (
+            botocore.exceptions.BotoCoreError,
+            botocore.exceptions.ClientError,
+            urllib3.exceptions.HTTPError,
+        ) as error:
             self._explain(action, name, error)
 
     def _explain(self, action: str, name: str, error: BaseException) -> NoReturn:
@@ -397,6 +403,19 @@ class S3Store:
             kind = Unreachable
             reason = f"{type(error).__name__} after {ATTEMPTS} attempts; try again when the store answers"
         raise kind(f"cannot {action} {where}{at}: {reason}") from None
+
+
+def _again_after_broken_bodies(get: Callable[[], Result], *faults: type[Exception]) -> Result:
+    """Asks again, after pauses of a minute in all, where a body breaks off by one of the faults, or by what the client
+    lets pass as urllib3 raises it: a TLS record that cannot be decrypted."""
+    import urllib3.exceptions
+
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return get()
+        except (urllib3.exceptions.HTTPError, *faults):
+            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+    return get()
 
 
 def _settings_fault(error: BaseException) -> str | None:

@@ -55,7 +55,7 @@ def allocated_gpus() -> str | None:
 
 
 def check_gpus_are_there(available: bool) -> None:
-    """Keeps a training from running on CPUs where it was given GPUs; `available`: whether torch sees one.
+    """Keeps a command from running on CPUs where it was given GPUs; `available`: whether torch sees one.
 
     Raises:
         Unreachable: it was given GPUs and sees none.
@@ -65,7 +65,7 @@ def check_gpus_are_there(available: bool) -> None:
         node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         raise Unreachable(
             f"node {node} gave this process GPUs ({given}), but torch can use none; check nvidia-smi there and that "
-            f"torch is a CUDA build, or set CUDA_VISIBLE_DEVICES to nothing to train on CPUs"
+            f"torch is a CUDA build, or set CUDA_VISIBLE_DEVICES to nothing to use CPUs"
         )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import http.client
+import json
 import os
 import pickle
+import ssl
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -135,6 +139,81 @@ def test_passing_faults_are_survived(s3: S3Bucket, s3_faults: FaultProxy, fault:
     assert s3_faults.hits == {fault: 4}
 
 
+def test_a_record_that_tls_cannot_decrypt_is_asked_for_again(
+    s3: S3Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client passes urllib3's own error on, where a body breaks off by it. Raised by the connection; no server."""
+    store = open_store(s3.url)
+    s3.write("x", b"x" * 100_000)
+    read, broken = http.client.HTTPResponse.read, []
+
+    def break_off(response: http.client.HTTPResponse, *amount: int) -> bytes:
+        if len(broken) < allowed:
+            broken.append(response)
+            raise ssl.SSLError(1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC] decryption failed or bad record mac")
+        return read(response, *amount)
+
+    monkeypatch.setattr("star_dist.object_store.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(http.client.HTTPResponse, "read", break_off)
+    for ask in (lambda: store.read("x"), lambda: store.download("x", tmp_path / "x")):
+        broken.clear()
+        allowed = 2
+        ask()
+        assert len(broken) == 2
+        allowed = 100
+        with pytest.raises(Unreachable, match=rf"cannot read {s3.url}/x .*: SSLError after 8 attempts; try again"):
+            ask()
+    assert (tmp_path / "x").read_bytes() == b"x" * 100_000
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_instance_s_role_is_asked_for_again(s3: S3Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A service as EC2's, whose every first answer is 503; the keys that it gives are the test server's."""
+    asked: Counter[str] = Counter()
+    answers = {
+        "/latest/api/token": "token",
+        "/latest/meta-data/iam/security-credentials/": "role",
+        "/latest/meta-data/iam/security-credentials/role": json.dumps(
+            {"Code": "Success", "AccessKeyId": s3.server.access_key, "SecretAccessKey": s3.server.secret_key}
+            | {"Token": "", "Expiration": "2999-01-01T00:00:00Z"}
+        ),
+    }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked[self.path] += 1
+            body = answers[self.path].encode()
+            self.send_response(503 if asked[self.path] == 1 else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_PUT = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    s3.write("x", b"x")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    # Set first, so that it is gone again after the test.
+    monkeypatch.setenv("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "1")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "absent"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}/")
+        try:
+            with pytest.raises(UserError, match="there are no AWS credentials"):  # as a user has it who wants it so
+                open_store(s3.url).read("x")
+            asked.clear()
+            monkeypatch.delenv("AWS_METADATA_SERVICE_NUM_ATTEMPTS")
+            assert open_store(s3.url).read("x") == b"x"
+        finally:
+            server.shutdown()
+    assert set(asked) == set(answers) and min(asked.values()) > 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [500, 503])
 def test_many_threads_survive_a_store_that_is_down_for_seconds(
@@ -240,6 +319,7 @@ def test_what_a_killed_writer_leaves_is_not_listed_and_can_be_discarded(tmp_path
     store.write("a", b"a")
     with pytest.raises(FileNotFoundError):
         store.upload(tmp_path / "absent", "b")
+    assert not list((tmp_path / ".unfinished").iterdir())
     (tmp_path / ".unfinished" / "left").write_bytes(b"half")
     assert names(store) == ["a"]
     store.discard_unfinished()

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from star_dist.config import TokenizerTrainConfig, dump_config
 from star_dist.data.pictures import normalize
+from star_dist.device import rank_device
 from star_dist.errors import UserError
 from star_dist.files import write_text_atomically
 from star_dist.learning_rate import learning_rate_fraction
@@ -71,7 +72,7 @@ def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
     Raises:
         UserError: the run folder holds a run of another configuration or of other pictures, a picture folder or
             weights file that cannot be used, ranks that find different files there, a batch that the ranks cannot
-            share, or a loss that is not finite.
+            share, or a loss that is not finite. Unreachable: see `rank_device`.
     """
     run_dir = Path(config.run_dir)
     lock = claim_run_folder(run_dir) if process.rank == 0 else None
@@ -84,10 +85,11 @@ def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
         raise UserError(
             f"global_batch {config.global_batch} is not a multiple of {process.world_size} ranks; change one of them"
         )
+    device = rank_device(process)
     if process.world_size > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        TokenizerTraining(config, process).run()
+        TokenizerTraining(config, process, device).run()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -119,14 +121,11 @@ class Autoencoder(nn.Module):
 class TokenizerTraining:
     """Everything of one run; see `train_tokenizer`."""
 
-    def __init__(self, config: TokenizerTrainConfig, process: ProcessInfo) -> None:
+    def __init__(self, config: TokenizerTrainConfig, process: ProcessInfo, device: torch.device) -> None:
         self.config = config
         self.process = process
+        self.device = device
         self.run_dir = Path(config.run_dir)
-        self.device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-
         self.ranks = Ranks(process.world_size, self.device)
         folder = Path(config.data.pictures)
         paths = find_pictures(folder)

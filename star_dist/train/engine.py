@@ -13,12 +13,13 @@ import torch.distributed
 from torch import Tensor, nn
 
 from star_dist.config import RunConfig
+from star_dist.device import rank_device
 from star_dist.errors import UserError
 from star_dist.model.block_functions import PLAIN, BlockFunctions, compiled_blocks, compiled_functions
 from star_dist.model.compiling import compiler_problem
 from star_dist.model.initialization import initial_value
 from star_dist.model.star import STAR
-from star_dist.process import ProcessInfo, check_gpus_are_there
+from star_dist.process import ProcessInfo
 from star_dist.train.control import TIMEOUT
 from star_dist.train.optim import build_optimizer, parameter_groups
 from star_dist.train.precision import attention_kernel
@@ -44,7 +45,7 @@ class Engine:
         deepspeed_logger.setLevel(logging.WARNING)
         self.config = config
         self.process = process
-        self.device = _device(process)
+        self.device = rank_device(process)
         functions = _block_functions(config, self.device)
         self.attention = attention_kernel(config, self.device, training=True, functions=functions)
         timeout = collective_timeout(config)
@@ -165,14 +166,6 @@ def _block_functions(config: RunConfig, device: torch.device) -> BlockFunctions:
             f"C++ compiler, or set train.compile to none"
         )
     return compiled_blocks() if config.train.compile == "blocks" else compiled_functions()
-
-
-def _device(process: ProcessInfo) -> torch.device:
-    check_gpus_are_there(torch.cuda.is_available())
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(process.local_rank)
-    return torch.device("cuda", process.local_rank)
 
 
 def collective_timeout(config: RunConfig) -> timedelta:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from star_dist.config import RunConfig
 from star_dist.data.batches import HeldOutBatches
 from star_dist.data.fetch import fetch_matching_metadata
+from star_dist.device import find_device
 from star_dist.errors import UserError
 from star_dist.export import load_export_tokenizer, load_model
 from star_dist.model.star import STAR
@@ -29,11 +30,11 @@ def evaluate(folder: Path, config: RunConfig, step: int | None) -> dict[str, flo
 
     Raises:
         UserError: neither of the two, an attention kernel that cannot run here, a model that does not fit the config,
-            or data that cannot be read.
+            or data that cannot be read. Unreachable: see `find_device`.
     """
     if config.data.validation_split is None:
         raise UserError("data.validation_split is null; name the split to evaluate on")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(None)
     attention_kernel(config, device, training=False)
     model, tokenizer, trained_steps = _load(folder, config, step)
     if model.config != config.star_config():

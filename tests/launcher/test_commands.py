@@ -256,9 +256,13 @@ def test_bare_srun_gives_every_task_its_rank(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_nothing_falls_back_to_cpus_where_gpus_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    from star_dist.errors import Unreachable
-    from star_dist.process import check_gpus_are_there
+    import torch
 
+    from star_dist.device import find_device, rank_device
+    from star_dist.errors import Unreachable
+    from star_dist.process import ProcessInfo, check_gpus_are_there
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
     monkeypatch.setenv("SLURMD_NODENAME", "gpu7")
     for variables in ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"SLURM_GPUS_ON_NODE": "8"}):
@@ -267,10 +271,16 @@ def test_nothing_falls_back_to_cpus_where_gpus_were_given(monkeypatch: pytest.Mo
             for name, value in variables.items():
                 patch.setenv(name, value)
             check_gpus_are_there(True)
-            with pytest.raises(Unreachable, match=r"node gpu7 gave this process GPUs .*torch can use none"):
-                check_gpus_are_there(False)
+            for use in (
+                lambda: check_gpus_are_there(False),
+                lambda: find_device(None),
+                lambda: rank_device(ProcessInfo(0, 0, 1, 1)),
+            ):
+                with pytest.raises(Unreachable, match=r"node gpu7 gave this process GPUs .*torch can use none"):
+                    use()
+            assert find_device("cpu").type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    check_gpus_are_there(False)
+    assert find_device(None).type == "cpu"
 
 
 def test_retry_takes_a_code_for_final_that_the_training_wrote_down(

@@ -166,7 +166,7 @@ def test_two_ranks_equal_one(make_config: MakeConfig, tmp_path: Path, changes: d
 
 def test_unused_codes_move_onto_residuals(make_config: MakeConfig) -> None:
     config = make_config(steps=100)
-    trainer = TokenizerTraining(config, prepare_process_environment())
+    trainer = TokenizerTraining(config, prepare_process_environment(), torch.device("cpu"))
     quantizer = trainer.model.quantize
     with torch.no_grad():
         quantizer.embedding.weight[5:] = 100.0  # so far away that nothing is ever nearest to them
@@ -191,7 +191,7 @@ def test_the_quantizer_trains_in_full_float32(make_config: MakeConfig, monkeypat
     allowed.
     """
     config = make_config(precision="bf16")
-    trainer = TokenizerTraining(config, prepare_process_environment())
+    trainer = TokenizerTraining(config, prepare_process_environment(), torch.device("cpu"))
     seen = set()
 
     def record(phi: Phi, inputs: tuple[torch.Tensor]) -> None:
@@ -356,7 +356,7 @@ def test_folders_that_nodes_do_not_share_are_refused(make_config: MakeConfig, tm
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(make_config: MakeConfig) -> None:
     config = make_config()
-    trainer = TokenizerTraining(config, prepare_process_environment())
+    trainer = TokenizerTraining(config, prepare_process_environment(), torch.device("cpu"))
     batch = StepBatches(trainer.pictures, 0, 4, 0, 1, False)[0]
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     batch.pictures[0] = np.nan
