@@ -148,7 +148,7 @@ def test_a_record_that_tls_cannot_decrypt_is_asked_for_again(
     read, broken = http.client.HTTPResponse.read, []
 
     def break_off(response: http.client.HTTPResponse, *amount: int) -> bytes:
-        if len(broken) < allowed:
+        if response.length == 100_000 and len(broken) < allowed:  # not the answers without a body
             broken.append(response)
             raise ssl.SSLError(1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC] decryption failed or bad record mac")
         return read(response, *amount)
