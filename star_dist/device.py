@@ -31,9 +31,15 @@ def rank_device(process: ProcessInfo) -> torch.device:
 
     Raises:
         Unreachable: this process was given GPUs and can use none.
+        UserError: it sees fewer GPUs than there are ranks on its node.
     """
     check_gpus_are_there(torch.cuda.is_available())
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if process.local_rank >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"rank {process.rank} is number {process.local_rank} on its node, counted from 0, but sees {count} GPU(s); "
+            f"start one rank per GPU, and let each see all GPUs of its node (srun --gpu-bind=none)"
+        )
     torch.cuda.set_device(process.local_rank)
     return torch.device("cuda", process.local_rank)

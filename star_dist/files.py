@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import sys
@@ -135,9 +136,11 @@ def training_goes_on(path: Path) -> Iterator[None]:
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:
-    """Adds one object to a JSONL file that reports on a training; see `training_goes_on`."""
+    """Adds one object to a JSONL file that reports on a training; see `training_goes_on`. A number that is not finite
+    becomes null, as JSON has none."""
+    unknown = {name: None for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
     with training_goes_on(path), path.open("a") as file:
-        file.write(("" if _ends_with_a_line(path) else "\n") + json.dumps(values) + "\n")
+        file.write(("" if _ends_with_a_line(path) else "\n") + json.dumps(values | unknown) + "\n")
 
 
 def _ends_with_a_line(path: Path) -> bool:

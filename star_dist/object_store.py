@@ -290,9 +290,7 @@ class S3Store:
 
     def download(self, name: str, path: Path) -> None:
         with self._explained("read", name), replaced(path) as partial:
-            _again_after_broken_bodies(
-                lambda: self.client.download_file(self.bucket, self.prefix + name, str(partial))
-            )
+            _again_after_broken_bodies(lambda: self.client.download_file(self.bucket, self.prefix + name, str(partial)))
 
     def write(self, name: str, data: bytes) -> None:
         with self._explained("write", name):

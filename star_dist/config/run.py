@@ -245,6 +245,7 @@ class HealthSection(Section):
     of the last `spike_window` steps (of at least a quarter of them). Its samples are written to spikes.jsonl; on_spike
     `rollback` also goes back to the last checkpoint before it and leaves the step's samples out from then on, at most
     max_rollbacks times in a run.
+    max_skipped_steps: so many optimizer steps in a row whose gradient is not finite end the run: it learns nothing.
     """
 
     hang_timeout_s: Count = 1800
@@ -252,6 +253,7 @@ class HealthSection(Section):
     spike_window: Annotated[int, Field(ge=8)] = 128
     on_spike: Literal["record", "rollback"] = "record"
     max_rollbacks: Positive = 5
+    max_skipped_steps: Positive = 32
 
 
 class RunConfig(Section):
@@ -379,6 +381,8 @@ class RunConfig(Section):
             "bf16": {"enabled": self.train.precision == "bf16"},
             "zero_optimization": {"stage": self.train.zero_stage},
             "steps_per_print": 2**31,  # metrics.jsonl is the record; DeepSpeed's own prints only repeat it
+            # For those prints alone, the host would wait for the device twice in every micro-batch.
+            "timers": {"throughput": {"enabled": False}},
         }
         if look_up(self.deepspeed, "zero_optimization.offload_optimizer.device") == "cpu":
             # PyTorch's fused AdamW steps on the CPU; DeepSpeed's own would be compiled at the first start.

@@ -10,6 +10,7 @@ B samples of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class TrainBatches:
             prefetch_factor=data.prefetch_batches if data.num_workers else None,
             collate_fn=collate,
             drop_last=True,
-            worker_init_fn=leave_sigterm_to_the_rank,
+            worker_init_fn=partial(leave_sigterm_to_the_rank, last=self.dataset.give_up_downloads),
             # A worker that waits for a shard whose download failed in another worker would wait for ever.
             timeout=data.batch_timeout_s if data.num_workers else 0,
         )

@@ -187,6 +187,13 @@ class CaptionedTokens(StreamingDataset):
         if blocking:
             raise SkippedShard
 
+    def give_up_downloads(self) -> None:
+        """For a loader worker that ends in the middle of some: the library would leave their shards as being prepared,
+        and whoever else needs one would wait for ever."""
+        for stream in self.streams:
+            for shard in tuple(stream.downloading):
+                self._shard_states[self.shards.index(shard)] = _ShardState.REMOTE
+
     def _corrupt_mark(self, shard_id: int) -> Path:
         """A file in the cache, which all processes of the host see."""
         stream, (raw_file, _) = self.streams[self.stream_per_shard[shard_id]], self.shards[shard_id].file_pairs[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from star_dist.errors import UserError
@@ -27,11 +27,12 @@ def next_batch(batches: Iterator[Batch]) -> Batch:
         raise kind(str(error).strip().splitlines()[-1].removeprefix(prefix)) from None
 
 
-def leave_sigterm_to_the_rank(_: int) -> None:
-    """A loader's `worker_init_fn`: the worker ends on a SIGTERM of its rank only.
+def leave_sigterm_to_the_rank(_: int, last: Callable[[], None] = lambda: None) -> None:
+    """A loader's `worker_init_fn`: the worker ends on a SIGTERM of its rank only, after it has called `last`.
 
     Launchers send it to every process below them (torchrun to process groups, DeepSpeed to all descendants), and a rank
-    that finishes its step and saves needs its workers until then.
+    that finishes its step and saves needs its workers until then. A rank sends it to a worker that is still busy 5 s
+    after it was told to end.
     """
     rank = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -39,6 +40,7 @@ def leave_sigterm_to_the_rank(_: int) -> None:
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
             pass
+        last()
         os._exit(0)
 
     threading.Thread(target=wait, name="SIGTERM", daemon=True).start()

@@ -34,7 +34,12 @@ class CheckedStream(Stream):
     """A stream that fetches a shard again when its hash is wrong, and never leaves a wrong one in the cache.
 
     The library checks the hash once, raises, and leaves the file; the next start would take it as good.
+    downloading: the shards that this process is fetching.
     """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.downloading: set[Reader] = set()
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         return [OpenShard(shard) for shard in super().get_shards(world, allow_unsafe_types)]
@@ -53,6 +58,13 @@ class CheckedStream(Stream):
         Raises:
             CorruptShard: its hash is wrong each time.
         """
+        self.downloading.add(shard)
+        try:
+            return self._fetch(shard)
+        finally:
+            self.downloading.remove(shard)
+
+    def _fetch(self, shard: Reader) -> int:
         for attempt in range(self.download_retry):
             try:
                 return super().prepare_shard(shard)

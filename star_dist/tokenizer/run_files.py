@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from star_dist.config import TokenizerTrainConfig, dump_config
+from star_dist.config import TokenizerTrainConfig, dump_config, parse_config
 from star_dist.errors import UserError
 from star_dist.files import read_json_object
 from star_dist.run_folder import differences
@@ -42,16 +42,17 @@ FREE_OPTIONS = {
 
 
 def check_same_run(run_dir: Path, config: TokenizerTrainConfig) -> None:
-    """Compares with the configuration that a run folder was begun with.
+    """Compares with the configuration that a run folder was begun with; options newer than that count as defaults.
 
     Raises:
-        UserError: naming the first option that differs, with both values.
+        UserError: naming the first option that differs, with both values, or one that is no more.
     """
     if not any((run_dir / name).is_file() for name in (CONFIG_FILE, CHECKPOINT_FILE)):
         return
     absent = f"{run_dir} holds a tokenizer but no {TRAINING_FILE}; change run_dir"
-    begun_with = read_json_object(run_dir / TRAINING_FILE, absent)
-    for key, before, now in differences(begun_with, json.loads(dump_config(config))):
+    path = run_dir / TRAINING_FILE
+    begun_with = parse_config(TokenizerTrainConfig, read_json_object(path, absent), str(path))
+    for key, before, now in differences(*(json.loads(dump_config(each)) for each in (begun_with, config))):
         if key not in FREE_OPTIONS:
             raise UserError(
                 f"{run_dir} was begun with {key} {before}, this configuration has {now}; "

@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from star_dist.config import CheckpointSection, DataSection, RunConfig, dump_config
+from star_dist.config import CheckpointSection, DataSection, RunConfig, dump_config, parse_config
 from star_dist.errors import Unreachable, UserError
 from star_dist.run_folder import differences
 from star_dist.train.places import LocalPlace, Place, S3Place
@@ -298,11 +298,14 @@ def check_same_data(checkpoint: Checkpoint, data: DataSection, data_hashes: Sequ
 def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     """Compares a checkpoint's config with the run's; returns the accepted differences as sentences.
 
+    Options that are newer than the checkpoint count with their defaults, which train as the code before them did.
+
     Raises:
-        UserError: a difference that would make it another training, with both values.
+        UserError: a difference that would make it another training, with both values, or an option that is no more.
     """
     accepted = []
-    for key, before, now in differences(checkpoint.config, json.loads(dump_config(config))):
+    written = parse_config(RunConfig, checkpoint.config, f"the config of checkpoint {checkpoint.path}")
+    for key, before, now in differences(*(json.loads(dump_config(each)) for each in (written, config))):
         if not any(fnmatchcase(key, allowed) or fnmatchcase(key, f"{allowed}.*") for allowed in MAY_CHANGE):
             raise UserError(
                 f"checkpoint {checkpoint.path} was written with {key} = {json.dumps(before)}, the run has "

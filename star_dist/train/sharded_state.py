@@ -23,6 +23,9 @@ from star_dist.run_folder import differences
 from star_dist.train.checkpoint import Checkpoint
 from star_dist.train.shards import KINDS, Piece, Scalars, ShardReader
 
+# Of AdamW, what decides how the moments go on; PyTorch adds switches of its own from one version to the next.
+GROUP_SETTINGS = ("weight_decay", "betas", "eps")
+
 
 class ShardedState:
     """Weights, Adam moments and counters of a DeepSpeed engine; `group_of`: parameter -> name of its group."""
@@ -186,12 +189,14 @@ class ShardedState:
         """Settings of the parameter groups by name, and the group of each parameter."""
         settings = {}
         for group in self._engine.optimizer.param_groups:
-            kept = {key: value for key, value in group.items() if key not in ("params", "lr", "name")}
-            settings[group["name"]] = json.loads(json.dumps(kept))
+            settings[group["name"]] = json.loads(json.dumps({name: group[name] for name in GROUP_SETTINGS}))
         return settings, self._group_of
 
     def _check_groups(self, checkpoint: Checkpoint, scalars: Scalars) -> None:
-        before = {"groups": scalars.groups, "group_of": scalars.group_of}
+        kept = {  # older checkpoints have more of them
+            group: {name: settings.get(name) for name in GROUP_SETTINGS} for group, settings in scalars.groups.items()
+        }
+        before = {"groups": kept, "group_of": scalars.group_of}
         groups, group_of = self._groups()
         for key, then, now in differences(before, {"groups": groups, "group_of": group_of}):
             raise UserError(f"checkpoint {checkpoint.path} was written with {key} = {then}, this code has {now}")

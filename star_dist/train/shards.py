@@ -42,8 +42,8 @@ class Piece:
 class Scalars:
     """What a checkpoint holds beside tensors. optimizer_steps: Adam's count of updates; the others: the engine's.
 
-    groups: name, weight decay and the other settings of each parameter group, but for the rate, which follows from the
-    step. group_of: parameter -> name of its group.
+    groups: the settings of each parameter group, but for the rate, which follows from the step. group_of: parameter ->
+    name of its group.
     """
 
     optimizer_steps: int

@@ -125,6 +125,6 @@ class SkippedData:
 
 def record_spike(run_dir: Path, spike: Spike, sample_ids: list[list[int]], action: str) -> None:
     """Adds a line to RUN/spikes.jsonl; `sample_ids` are those of every rank."""
-    values = {name: value if math.isfinite(value) else str(value) for name, value in vars(spike).items()}
+    values = {name: value if math.isfinite(value) else str(value) for name, value in vars(spike).items()}  # not null
     line = values | {"time": time.time(), "action": action, "sample_ids": sample_ids}
     append_json_line(run_dir / SPIKES_FILE, line)

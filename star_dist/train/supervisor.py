@@ -61,6 +61,8 @@ class Supervisor:
             on_prune_failed=self._on_prune_failed,
         )
         self._requested: list[float] = []  # what `end_step` has found last
+        self._skipped_steps = engine.skipped_steps  # of the run, and of its last steps in a row
+        self._skipped_in_a_row = 0
 
     @contextlib.contextmanager
     def watching(self, first_step: int) -> Iterator[None]:
@@ -72,8 +74,13 @@ class Supervisor:
             yield
 
     def end_step(self, step: int) -> tuple[Request | None, Spike | None]:
-        """What all ranks find out at the end of a step about the steps before, without waiting for one another."""
+        """What all ranks find out at the end of a step about the steps before, without waiting for one another.
+
+        Raises:
+            UserError: nothing is learned any more.
+        """
         self.facts.step_ended(step + 1)
+        self._check_that_it_learns(step + 1)
         self.watchdog.beat(f"step {step + 2}")
         step_loss = self.step_losses.end_step(step)
         answer = self.control.exchange([*self.requests.noted(), self.saver.num_written, *step_loss])
@@ -87,6 +94,19 @@ class Supervisor:
             spike = self.spike_detector.judge(step - 2, loss_sum / (samples * self.config.schedule.num_tokens))
         self._requested = requested
         return self.requests.agreed(requested), spike
+
+    def _check_that_it_learns(self, done: int) -> None:
+        """All ranks skip the same steps; a spike's loss may be finite where its gradient is not."""
+        skipped_steps, limit = self.engine.skipped_steps, self.config.health.max_skipped_steps
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped_steps > self._skipped_steps else 0
+        self._skipped_steps = skipped_steps
+        if self._skipped_in_a_row == limit:
+            raise UserError(
+                f"the gradients of steps {done - limit + 1} to {done} are not finite (health.max_skipped_steps "
+                f"{limit}): the weights stay as they are; go on from an earlier checkpoint (checkpoint.resume_step), "
+                f"on other nodes if one of these may be failing, else with a lower optimizer.learning_rate in another "
+                f"run"
+            )
 
     def go_back_before(self, spike: Spike, done: int) -> int | None:
         """Writes a spike down; goes back to before it if that is the option, and returns the step gone back to.

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,45 @@ def test_going_back_in_one_process_gives_the_same_samples(run_config: MakeConfig
             for i in range(steps):
                 of_step = sum(ids[i * per_step : (i + 1) * per_step], ())
                 assert by_step.setdefault(first_step + i, of_step) == of_step, first_step + i
+
+
+def test_a_worker_that_ends_while_it_downloads_leaves_the_shard_to_others(
+    run_config: MakeConfig, dataset_folder: Path, tmp_path: Path
+) -> None:
+    """As after a spike, when a loader is left in the middle of an epoch; its workers have 5 s to end."""
+    place = {"remote": str(dataset_folder), "local": str(tmp_path / "cache")}
+    config = run_config(data=place | {"num_workers": 1, "batch_timeout_s": 60})
+    slow, begun = tmp_path / "slow", tmp_path / "begun"
+
+    def one_rank() -> list[tuple[int, ...]]:
+        import torch.distributed
+        from streaming import Stream
+
+        from star_dist.data.batches import TrainBatches
+
+        plain = Stream.prepare_shard
+
+        def prepare_shard(stream: Stream, shard: Any) -> int:
+            begun.touch()
+            while slow.exists():
+                time.sleep(0.05)
+            return plain(stream, shard)
+
+        Stream.prepare_shard = prepare_shard
+        process = prepare_process_environment()
+        torch.distributed.init_process_group("gloo")
+        batches = TrainBatches(config, fetch_metadata(config.data), process.world_size)
+        slow.touch()
+        left = iter(batches.loader)
+        while not begun.exists():
+            time.sleep(0.05)
+        del left
+        slow.unlink()
+        stream = batches.starting_at(0)
+        return [next(stream).sample_ids for _ in range(3)]
+
+    (found,) = run_ranks(one_rank, 1)
+    assert len(set(sum(found, ()))) == 3 * config.train.micro_batch
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

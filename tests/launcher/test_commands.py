@@ -283,6 +283,19 @@ def test_nothing_falls_back_to_cpus_where_gpus_were_given(monkeypatch: pytest.Mo
     assert find_device(None).type == "cpu"
 
 
+def test_a_rank_without_a_gpu_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Slurm binds one GPU to each task."""
+    import torch
+
+    from star_dist.device import rank_device
+    from star_dist.process import ProcessInfo
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"rank 9 is number 1 on its node, .* sees 1 GPU\(s\).*--gpu-bind=none"):
+        rank_device(ProcessInfo(9, 1, 16, 8))
+
+
 def test_retry_takes_a_code_for_final_that_the_training_wrote_down(
     run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from star_dist.config import CheckpointSection, RunConfig
 from star_dist.errors import UserError
 from star_dist.object_store import open_store
-from star_dist.train.checkpoint import INDEX, CheckpointFolder, RunInputs, shard_name
+from star_dist.train.checkpoint import INDEX, CheckpointFolder, RunInputs, check_same_run, shard_name
 from star_dist.train.facts import read_events
 from star_dist.train.places import S3Place
 from star_dist.train.shards import Piece, Scalars, ShardReader, write_index, write_shard
@@ -134,6 +135,29 @@ def test_other_settings_of_the_optimizer_are_refused(run_config: MakeConfig) -> 
     index.write_text(text.replace('"weight_decay": 0.05', '"weight_decay": 0.07'))
     with pytest.raises(RankFailed, match=r"with groups\.decay\.weight_decay = 0\.07, this code has 0\.05"):
         train_on(run_config(train={"steps": 6}), 1)
+
+
+def test_a_checkpoint_of_older_code_goes_on(run_config: MakeConfig) -> None:
+    """Written before an option there was, and by a PyTorch whose AdamW had a switch more."""
+    train_on(run_config(train={"steps": 3}), 1)
+    config = run_config(train={"steps": 6})
+    folder = Path(config.run_dir) / "checkpoints" / "step_00000003"
+    index = json.loads((folder / "index.json").read_text())
+    index["scalars"]["groups"]["decay"]["capturable"] = False
+    (folder / "index.json").write_text(json.dumps(index))
+    marker = json.loads((folder / "complete.json").read_text())
+    marker["files"]["index.json"] = (folder / "index.json").stat().st_size
+    del marker["config"]["train"]["scale_loss_power"], marker["config"]["model"]["positions"]
+    (folder / "complete.json").write_text(json.dumps(marker))
+    checkpoint, other = CheckpointFolder(Path(config.run_dir)).find(3), run_config(train={"scale_loss_power": 1.0})
+    with pytest.raises(UserError, match=r"train\.scale_loss_power = 0\.0, the run has 1\.0; restore the value"):
+        check_same_run(checkpoint, other)
+    assert sorted(train_on(config, 1)) == [1, 2, 3, 4, 5, 6]
+    marker["config"]["train"]["no_more"] = 1
+    (folder / "complete.json").write_text(json.dumps(marker))
+    with pytest.raises(UserError, match=r"the config of checkpoint .*step_00000003: .*train\.no_more") as error:
+        check_same_run(CheckpointFolder(Path(config.run_dir)).find(3), config)
+    assert "\n" not in str(error.value)
 
 
 def test_an_index_that_lacks_values_is_refused(run_config: MakeConfig, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from star_dist.train.facts import (
 from star_dist.train.places import LocalPlace
 from star_dist.train.spikes import SkippedData, SpikeDetector, StepLosses
 from star_dist.train.status import run_status
-from tests.ranks import run_ranks
+from tests.ranks import RankFailed, run_ranks
 from tests.train.runs import metrics, train, train_on, weights
 
 ROOT = Path(__file__).parents[2]
@@ -233,8 +233,6 @@ def test_without_an_earlier_checkpoint_the_run_gets_used_to_a_level(run_config: 
 
 
 def test_too_many_spikes_end_the_run(run_config: MakeConfig) -> None:
-    from tests.ranks import RankFailed
-
     config = run_config(train={"steps": 16}, health={"spike_window": 16, "on_spike": "rollback", "max_rollbacks": 1})
     Path(config.run_dir).mkdir()
     (Path(config.run_dir) / "skipped_data.json").write_text("[2]")
@@ -242,6 +240,35 @@ def test_too_many_spikes_end_the_run(run_config: MakeConfig) -> None:
         run_ranks(poison, 1, config, 11, 100.0)
     (spike,) = (Path(config.run_dir) / "spikes.jsonl").read_text().splitlines()
     assert json.loads(spike)["action"] == "end"
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (0, "fp32")])
+def test_a_run_that_learns_nothing_any_more_ends(run_config: MakeConfig, stage: int, precision: str) -> None:
+    """One rank's gradients are not finite from a step on, as of a GPU that fails; the loss looks well."""
+    config = run_config(
+        train={"steps": 40, "zero_stage": stage, "precision": precision, "global_batch": 4},
+        checkpoint={"every": 4},
+        health={"max_skipped_steps": 6},
+    )
+
+    def run() -> None:
+        from star_dist.train.token_losses import TokenLosses
+
+        plain = TokenLosses.loss_sum
+
+        def loss_sum(losses: TokenLosses, losses_T: Any, present_B: Any) -> Any:
+            broken.append(None)
+            wrong = len(broken) > 10 * config.accumulation_steps(2) or len(broken) == 1
+            return plain(losses, losses_T, present_B) * (float("nan") if wrong and os.environ["RANK"] == "1" else 1.0)
+
+        broken: list[None] = []
+        TokenLosses.loss_sum = loss_sum
+        train(config)
+
+    said = r"UserError: the gradients of steps 11 to 16 are not finite \(health\.max_skipped_steps 6\).*resume_step"
+    with pytest.raises(RankFailed, match=said):
+        run_ranks(run, 2)
+    assert max(metrics(config)) == 15 and not (Path(config.run_dir) / "spikes.jsonl").exists()
 
 
 def test_checkpoints_are_listed_while_old_ones_are_removed(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from star_dist.train.loss_report import by_scale
 from star_dist.train.token_losses import TokenLosses
 from tests.conftest import CAPTIONS
 from tests.ranks import run_ranks
+from tests.train.runs import train
 
 META = torch.device("meta")
 aten = torch.ops.aten
@@ -125,3 +126,20 @@ def test_waits_are_seen() -> None:
     assert copies.copies == 3 and len(copies.found) == 2
     with pytest.raises(RuntimeError, match="meta"):
         torch.zeros((), device=META).item()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_deepspeed_does_not_wait_for_its_timers(run_config: Callable[..., RunConfig], stage: int) -> None:
+    """By default it waits twice in every micro-batch, for a throughput that nobody reads."""
+
+    def waits() -> int:
+        from deepspeed.accelerator import get_accelerator
+
+        found = []
+        accelerator = get_accelerator()
+        accelerator.synchronize = lambda *_: found.append(None)
+        train(config)
+        return len(found)
+
+    config = run_config(train={"steps": 12, "zero_stage": stage})
+    assert run_ranks(waits, 1) == [0]
