@@ -18,11 +18,12 @@ from torch.distributed import PrefixStore
 
 from star_dist.cli import UNREACHABLE_EXIT
 from star_dist.config import CheckpointSection, DataSection, RunConfig
+from star_dist.device import rank_device
 from star_dist.environment import describe_environment
 from star_dist.errors import Unreachable, UserError
 from star_dist.files import free_bytes
 from star_dist.object_store import is_s3
-from star_dist.process import ProcessInfo, check_gpus_are_there
+from star_dist.process import ProcessInfo
 from star_dist.text import TextEncoder
 from star_dist.train.checkpoint import FREE_SPACE_MARGIN
 from star_dist.train.metrics import measured_matmul_flops
@@ -101,12 +102,9 @@ def preflight(config: RunConfig, process: ProcessInfo) -> Preflight:
 
     Raises:
         Unreachable: ranks that do not arrive, with the nodes that did, or a node whose GPUs cannot be used.
+        UserError: see `rank_device`.
     """
-    check_gpus_are_there(torch.cuda.is_available())
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", process.local_rank)
-        torch.cuda.set_device(device)
+    device = rank_device(process)
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     _meet(process, node, device)
     check = _check_rank(config, process, node, device)

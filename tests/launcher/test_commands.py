@@ -288,6 +288,7 @@ def test_a_rank_without_a_gpu_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch
     import torch
 
     from star_dist.device import rank_device
+    from star_dist.errors import UserError
     from star_dist.process import ProcessInfo
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
