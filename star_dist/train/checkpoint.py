@@ -165,8 +165,8 @@ class CheckpointFolder:
         folder = self.name(step)
         others = [other for other in self.complete_steps() if other != step]
         advice = (
-            f"set checkpoint.resume_step to another complete one ({others}), or checkpoint.on_damaged to previous, "
-            f"or remove the folder"
+            f"take another complete one ({others}): checkpoint.resume_step of a training, --step of other commands; or "
+            f"set checkpoint.on_damaged to previous, or remove the folder"
         )
         try:
             with self.place.reading(folder, MARKER) as path:

@@ -2,15 +2,19 @@
 
 Every rank writes the flat ranges of parameters that it owns, as `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`,
 (numel of its range,) float32 each. `index.json` says which file holds which range of which parameter, so any number of
-ranks, at any ZeRO stage, can read the slices that they own, and an export needs no DeepSpeed.
+ranks, at any ZeRO stage, can read the slices that they own, and an export needs no DeepSpeed. The files' metadata has a
+CRC-32 of every block of a range, so that whoever reads a part of it can tell whether it is what was written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import math
+import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +31,9 @@ from star_dist.train.places import Place
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 FORMAT = 1
+CHECKSUMS = "crc32"  # in the metadata of a file: tensor name -> of each of its blocks, as JSON
+BLOCK = 4 * 2**20  # float32 values, 16 MiB
+ADVICE = "take another one (checkpoint.resume_step of a training, --step of other commands)"
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def write_shard(place: Place, folder: str, rank: int, tensors: dict[str, Tensor]
     """
     with place.writing(folder, shard_name(rank)) as path:
         try:
-            save_file(tensors, path)
+            save_file(tensors, path, {CHECKSUMS: json.dumps({name: _checksums(t) for name, t in tensors.items()})})
         except SafetensorError as error:  # its own name for a full disk
             raise OSError(str(error)) from None
 
@@ -132,7 +139,7 @@ class ShardReader:
             if first >= last:
                 continue
             with self._explained():
-                part = self._open(rank).get_slice(f"{kind}/{piece.name}")[first - start : last - start]
+                part = self._read_checked(rank, f"{kind}/{piece.name}", first - start, last - start)
             result[first - piece.start : last - piece.start] = part
             covered += last - first
         if covered != len(result):
@@ -147,10 +154,27 @@ class ShardReader:
         for name, entry in self.parameters.items():
             yield name, self.read("weight", Piece(name, 0, math.prod(entry["shape"]))).view(entry["shape"])
 
-    def _open_shard(self, rank: int) -> Any:
+    def _read_checked(self, rank: int, tensor: str, start: int, stop: int) -> Tensor:
+        """The range start..stop of a file's tensor; reads the whole of all blocks that it touches."""
+        file, checksums = self._open(rank)
+        stored = file.get_slice(tensor)
+        first, last = start // BLOCK, math.ceil(stop / BLOCK)
+        begin = first * BLOCK
+        values = stored[begin : min(last * BLOCK, *stored.get_shape())]
+        if checksums is not None and _checksums(values) != checksums[tensor][first:last]:
+            raise UserError(
+                f"checkpoint {self.checkpoint.path} is damaged: {tensor} in {shard_name(rank)} is not what was written "
+                f"there (CRC-32); {ADVICE}"
+            )
+        return values[start - begin : stop - begin]
+
+    def _open_shard(self, rank: int) -> tuple[Any, dict[str, list[int]] | None]:
+        """A file, and the checksums of its tensors' blocks; None where it was written before there were any."""
         reading = self.checkpoint.place.reading(self.checkpoint.folder, shard_name(rank))
         path: Path = self._files.enter_context(reading)
-        return self._files.enter_context(safe_open(path, framework="pt"))
+        file = self._files.enter_context(safe_open(path, framework="pt"))
+        metadata = file.metadata() or {}  # none before 2026-11-28
+        return file, json.loads(metadata[CHECKSUMS]) if CHECKSUMS in metadata else None
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -159,8 +183,14 @@ class ShardReader:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = f"make room in {tempfile.gettempdir()}, or set TMPDIR" if full else ADVICE
             kind = Unreachable if isinstance(error, OSError) else UserError
             raise kind(
-                f"checkpoint {self.checkpoint.path} cannot be read: {type(error).__name__}: {error}; resume from "
-                f"another one with checkpoint.resume_step"
+                f"checkpoint {self.checkpoint.path} cannot be read: {type(error).__name__}: {error}; {advice}"
             ) from None
+
+
+def _checksums(values: Tensor) -> list[int]:
+    """CRC-32 of every block of a flat tensor."""
+    return [zlib.crc32(block.numpy()) for block in values.split(BLOCK)]

@@ -152,3 +152,33 @@ def test_model_card_says_what_the_run_knows(
     unknown = model_card(exported.model_copy(update={"facts": ModelFacts()}).model_dump(mode="json"))
     assert "| licence | not stated |" in unknown and "license" not in unknown
     assert "| host |" not in text and str(tmp_path) not in text
+
+
+def test_model_card_names_the_data_on_any_machine(
+    run_config: Callable[..., RunConfig],
+    inference_folder: Path,
+    dataset_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The cache of the data is on another node; the run began with an earlier model."""
+    remote = tmp_path / "tokens" / "16"
+    shutil.copytree(dataset_folder, remote)
+    metadata = json.loads((remote / "dataset.json").read_text())
+    (remote / "dataset.json").write_text(json.dumps(metadata | {"attribution": "Pictures by Jane Doe\n\nCC BY-SA 4.0"}))
+    earlier = tmp_path / "earlier"
+    shutil.copytree(inference_folder, earlier)
+    exported = json.loads((earlier / "config.json").read_text())
+    exported["facts"]["attribution"] = "Pictures by John Roe\n\nCC BY-SA 4.0"
+    (earlier / "config.json").write_text(json.dumps(exported))
+    place = {"remote": str(remote), "local": str(tmp_path / "cache")}
+    config = run_config(data=place, train={"init_from": str(earlier)})
+    facts = run_facts(tmp_path, config, 8, None)
+    assert facts.attribution == "Pictures by John Roe\n\nCC BY-SA 4.0\n\nPictures by Jane Doe"
+    assert facts.samples == metadata["splits"] and facts.dataset == "16" and not caplog.messages
+    assert not (tmp_path / "cache").exists()
+    shutil.rmtree(tmp_path / "tokens")
+    shutil.rmtree(earlier)
+    facts = run_facts(tmp_path, config, 8, None)
+    assert facts.attribution == "" and facts.samples == {}
+    assert "attribution of a data set: no data set at" in caplog.text and "what train.init_from was" in caplog.text

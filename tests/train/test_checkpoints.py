@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from star_dist.config import CheckpointSection, RunConfig
 from star_dist.errors import UserError
@@ -124,6 +125,42 @@ def test_a_shard_of_other_bytes_is_refused(run_config: MakeConfig) -> None:
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(RankFailed, match=r"UserError: checkpoint .*step_00000003 cannot be read: SafetensorError"):
         train_on(run_config(train={"steps": 6}), 1)
+
+
+def test_bytes_that_a_disk_has_changed_are_found(
+    run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever part of a tensor is read, and there alone; files without checksums are read as they are."""
+    monkeypatch.setattr("star_dist.train.shards.BLOCK", 8)
+    folder = CheckpointFolder(tmp_path, CheckpointSection())
+    folder.begin(3, 0)
+    values = torch.randn(30)
+    write_shard(folder.place, folder.name(3), 0, {"weight/bias": values, "exp_avg/bias": -values})
+    scalars = Scalars(3, 3, 0, groups={}, group_of={})
+    write_index(folder.place, folder.name(3), {"bias": [30]}, [[Piece("bias", 0, 30)]], scalars)
+    folder.complete(3, 1, RunInputs("hash", ("data",)), (), run_config())
+    checkpoint = folder.find(3)
+    ranges = [(start, stop) for start in range(30) for stop in range(start + 1, 31)]
+    with ShardReader(checkpoint) as reader:
+        assert all(torch.equal(reader.read("weight", Piece("bias", *r)), values[r[0] : r[1]]) for r in ranges)
+    shard = Path(checkpoint.path) / "shard_00000.safetensors"
+    whole, changed = shard.read_bytes(), values.clone()
+    changed[17] += 1e-3
+    for zeros in (False, True):
+        changed[16:24] *= not zeros  # as a page that was never written
+        assert whole.count(values.numpy().tobytes()) == 1
+        shard.write_bytes(whole.replace(values.numpy().tobytes(), changed.numpy().tobytes()))
+        with ShardReader(checkpoint) as reader:
+            assert torch.equal(reader.read("exp_avg", Piece("bias", 0, 30)), -values)
+            for start, stop in ranges:
+                if stop <= 16 or start >= 24:
+                    assert torch.equal(reader.read("weight", Piece("bias", start, stop)), values[start:stop])
+                    continue
+                with pytest.raises(UserError, match=r"is damaged: weight/bias in shard_00000\.safetensors is not what"):
+                    reader.read("weight", Piece("bias", start, stop))
+    save_file({"weight/bias": changed, "exp_avg/bias": values}, shard)
+    with ShardReader(checkpoint) as reader:
+        assert torch.equal(reader.read("weight", Piece("bias", 0, 30)), changed)
 
 
 def test_other_settings_of_the_optimizer_are_refused(run_config: MakeConfig) -> None:
