@@ -53,7 +53,6 @@ def caption(
     job_hash = _join_job(store, config, partition, source)
     counts = {"captioned": 0, "rejected": 0}
     with unfinished_work(config.output, config.work, job_hash, partition) as work:
-        source.downloads = work
         groups = groupby(units, key=lambda unit: source.caption_file(unit, partition.name))
         missing = [(file, list(members)) for file, members in groups if not store.exists(file)]
         if missing:

@@ -20,14 +20,12 @@ from pydantic import ValidationError
 from data_prep.partition import Partition
 from data_prep.sources import SourceBase
 from star_dist.config import CaptionConfig, PrepConfig, Section, TextSection
-from star_dist.data.schema import METADATA_FILE, SCHEMA_VERSION, token_dtype
+from star_dist.data.schema import JOB_FILE, METADATA_FILE, PARTS_FOLDER, SCHEMA_VERSION, token_dtype
 from star_dist.errors import UserError
 from star_dist.object_store import FolderStore, ObjectStore, open_store
 from star_dist.run_folder import differences
 from star_dist.tokenizer.config import VQVAEConfig
 
-JOB_FILE = "job.json"
-PARTS_FOLDER = "parts"
 REJECTS_FILE = "rejects.jsonl"
 JOB_HASH_DIGITS = 16
 WITHOUT_INFLUENCE = {"output", "work", "storage"}  # settings that leave the result as it is

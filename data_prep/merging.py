@@ -74,8 +74,8 @@ def merge(output: str, storage: StorageSection | None = None) -> dict[int, Datas
         reasons = "; ".join(f"{side} pixels (rejected: {_rejected(manifests, side) or 'none'})" for side in empty)
         others = f"; complete are {', '.join(map(str, found))} pixels" if found else ""
         raise UserError(
-            f"the source gave no usable picture for training at {reasons}; change source or min_side, and "
-            f"output{others}"
+            f"the source gave no usable picture for training at {reasons}; change source or the option that left "
+            f"them out, and output{others}"
         )
     return found
 

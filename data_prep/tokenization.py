@@ -89,7 +89,6 @@ def tokenize_partition(
     units = partition.of(source.units)
     job = join_job(store, describe_job(config, source, tokenizer.config, hash_of_tokenizer, partition.count))
     with unfinished_work(config.output, config.work, job.hash, partition) as work:
-        source.downloads = work
         if read_manifest(store, manifest_name(partition)) is not None:
             print(f"partition {partition} of {config.output} is complete, nothing to do")
             return None

@@ -1,11 +1,12 @@
-"""Unfinished work of one partition on this machine, which a killed job goes on with: WORK/JOB_HASH/PARTITION.
+"""Unfinished work of one partition, which a killed job goes on with: WORK/JOB_HASH/PARTITION.
+
+A job that starts again on another machine goes on there where WORK is in a file system that both see.
 
 The job's hash in the path keeps jobs apart that share WORK: none takes over what another has begun, none loses it.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import IO
 
 from data_prep.partition import Partition
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
+from star_dist.files import FULL_DISK
 from star_dist.object_store import is_s3
 
-FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 TEMPORARY = "partial-"  # begins the names of what is worth nothing after a kill
 
 
@@ -31,7 +32,7 @@ def unfinished_work(output: str, work: str | None, job_hash: str, partition: Par
 
     Raises:
         UserError: another process is at the partition, the folder cannot be written or its disk is full, or the output
-            is on S3 and no local folder is given.
+            is on S3 and no folder is given.
     """
     root = work_root(output, work)
     folder = root / job_hash / partition.name
@@ -52,12 +53,15 @@ def work_root(output: str, work: str | None) -> Path:
     """Where unfinished work of all jobs of an output lies.
 
     Raises:
-        UserError: the output is on S3 and no local folder is given.
+        UserError: the output is on S3 and no folder is given.
     """
     if work is not None:
         return Path(work)
     if is_s3(output):
-        raise UserError(f"output {output} is on S3; set work to a local folder for what is not finished yet")
+        raise UserError(
+            f"output {output} is on S3; set work to a folder of a file system for what is not finished yet (on a "
+            f"cluster one that all nodes see)"
+        )
     return Path(output.rstrip("/") + ".work")
 
 
@@ -79,7 +83,7 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
     """Holds a lock beside a working folder; the kernel gives it back however the process ends.
 
     Raises:
-        UserError: another process holds it, or it cannot be written.
+        UserError: it cannot be written; Unreachable where another process holds it.
     """
     path = folder.with_name(folder.name + ".lock")
     with _locked(path, f"another worker is at {what} in {folder}; wait for it, or stop it"):
@@ -101,7 +105,7 @@ def _locked(path: Path, refusal: str) -> IO[str]:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             lock.close()
-            raise UserError(refusal) from None
+            raise Unreachable(refusal) from None  # a lost node's locks last a while longer than its job
         except OSError as error:
             print(f"warning: {path} cannot be locked ({error.strerror}): start one worker at a time", file=sys.stderr)
         if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:

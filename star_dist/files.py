@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from star_dist.errors import Unreachable, UserError
 
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 # Of a network file system that has lost its server, or that a node has lost.
 LOST_FILE_SYSTEM = {errno.EIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT}
 

@@ -25,7 +25,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from data_prep.recaptions import check_keys, read_unit_captions
-from data_prep.work import FULL_DISK, TEMPORARY
+from data_prep.work import named_if_full
 from star_dist.config import Section, StorageSection, parse_config
 from star_dist.errors import Unreachable, UserError
 from star_dist.object_store import FolderStore, ObjectStore, open_store
@@ -143,13 +143,11 @@ class DamagedUnit(UserError):
 class SourceBase:
     """What all kinds share. A kind is a subclass `Source` with its own `Options`, `units` and `open`.
 
-    units: names of the units, sorted. score_names: score columns that the job filters by. downloads: a local folder for
-    copies of units while they are open; null is the system's temporary one.
+    units: names of the units, sorted. score_names: score columns that the job filters by.
     """
 
     Options: type[SourceOptions] = SourceOptions
     units: Sequence[str]
-    downloads: Path | None = None
 
     def __init__(self, options: SourceOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
         self.options = options
@@ -266,16 +264,24 @@ class FileSource(SourceBase):
 
     @contextlib.contextmanager
     def local_copy(self, unit: str) -> Iterator[Path]:
-        """A unit's file on this machine. A copy is gone afterwards, but whoever has opened it may go on reading."""
+        """A unit's file on this machine. A copy is gone afterwards, but whoever has opened it may go on reading.
+
+        A copy lies in the temporary folder (TMPDIR), a disk of the node: a file that is removed while it is open does
+        not let NFS remove its folder, and the folder of unfinished work may be on NFS.
+
+        Raises:
+            UserError: the file cannot be read, or the temporary folder is full.
+        """
         try:
             if isinstance(self.store, FolderStore):
                 yield self.store.path / unit
             else:
-                with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.downloads) as folder:
+                temporary = f"the temporary folder {tempfile.gettempdir()} (TMPDIR)"
+                with named_if_full(temporary), tempfile.TemporaryDirectory(prefix="star-dist-") as folder:
                     self.store.download(unit, Path(folder) / "unit")
                     yield Path(folder) / "unit"
         except OSError as error:
-            if error.errno in FULL_DISK or isinstance(error, UserError):  # UserError: S3 refuses this file
+            if isinstance(error, UserError):  # S3 refuses this file
                 raise
             place = f"{self.options.path}/{unit}"
             raise UserError(f"cannot read {place}: {error.strerror or error}; run the same command again") from None

@@ -9,10 +9,7 @@ if [[ $# -lt 1 || -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
     echo "usage: sbatch --array=0-N launcher/slurm/JOB.sbatch CONFIG [section.key=value …]" >&2
     exit 2
 fi
-SITE=${STAR_SITE:-launcher/slurm/site.sh}
-if [[ -f $SITE ]]; then
-    source "$SITE"
-fi
+source launcher/slurm/read_site.sh
 
 if [[ -z ${PARTITIONS:-} ]]; then
     if [[ $SLURM_ARRAY_TASK_MIN -ne 0 || $SLURM_ARRAY_TASK_COUNT -ne $((SLURM_ARRAY_TASK_MAX + 1)) ]]; then
@@ -27,8 +24,21 @@ OVERRIDES=("${@:2}")
 PARTITION=$SLURM_ARRAY_TASK_ID/$PARTITIONS
 WORKERS=(${SLURM_CPUS_PER_TASK:+--workers "$SLURM_CPUS_PER_TASK"})
 
-# Starts a command of data preparation on the task's share; never returns.
+# Runs a command of data preparation on the task's share and ends with its exit code. What it could not reach (69 of
+# star_dist/cli.py) may be there later: the task is requeued then, in all at most MAX_FAILURES times.
+# Signals are not passed on: one that ends this shell ends the task, and Slurm then kills what is left of it. The
+# command has nothing to do before it ends; it loses a chunk at most, however it is killed.
 start_on_partition() {
-    exec ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "${PYTHON:-python}" -m "$1" --config "$CONFIG" \
-        --partition "$PARTITION" ${WORKERS[@]+"${WORKERS[@]}"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+    local code=0 restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_FAILURES:-3}
+    ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "${PYTHON:-python}" -m "$1" --config "$CONFIG" \
+        --partition "$PARTITION" ${WORKERS[@]+"${WORKERS[@]}"} ${OVERRIDES[@]+"${OVERRIDES[@]}"} || code=$?
+    if [[ $code == 69 && $restarts -lt $most ]]; then
+        echo "$(date -Is) exit code 69: requeueing this task (restart $((restarts + 1)) of at most $most)" >&2
+        if scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; then
+            sleep 60 # Slurm ends the script on its way
+        else
+            echo "error: Slurm does not requeue this task; submit it again" >&2
+        fi
+    fi
+    exit "$code"
 }

@@ -14,8 +14,7 @@ if [[ ! -f $REPO/launcher/train.py ]]; then
     exit 2
 fi
 export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-# shellcheck source=site.sh
-source "${STAR_SITE:-$REPO/launcher/slurm/site.sh}"
+source "$REPO/launcher/slurm/read_site.sh"
 
 NUM_NODES=${SLURM_JOB_NUM_NODES:-1}
 HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

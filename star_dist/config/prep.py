@@ -43,7 +43,8 @@ class PrepConfig(Section):
     """One tokenization job: a source of captioned pictures to an MDS data set (`python -m data_prep.tokenize`).
 
     source: `{"kind": …, …}`, what `data_prep/sources/KIND.py` takes. output: a folder or `s3://bucket/prefix`.
-    work: a local folder for what is not finished; null takes `OUTPUT.work` (required where the output is on S3).
+    work: a folder for what is not finished, on a cluster one that all nodes see; null takes `OUTPUT.work` (required
+    where the output is on S3).
     resolution and scales, or resolutions: one data set at `output`, or one at `output/RESOLUTION` for each.
     validation_fraction: pictures held out, chosen by a hash of their key, so that the choice never depends on order.
     text_features: also store the features of this text encoder; null stores captions alone.

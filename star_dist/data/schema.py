@@ -32,6 +32,8 @@ EMPTY_CAPTION_FILE = "empty_caption.safetensors"
 SHARD_HASH = "xxh64"  # of every shard, in the index that MDSWriter writes
 FEATURE_DTYPE = np.dtype("<f2")
 UINT16_VALUES = 2**16
+# What a tokenization job leaves before its partitions are merged (data_prep/job.py).
+JOB_FILE, PARTS_FOLDER = "job.json", "parts"
 
 
 class DatasetMetadata(Section):
@@ -134,9 +136,18 @@ def read_metadata(root: Path) -> DatasetMetadata:
     try:
         return parse_metadata(path.read_bytes(), str(path))
     except FileNotFoundError:
-        raise UserError(f"no data set at {root}: {path} does not exist (data_prep.tokenize writes it)") from None
+        raise UserError(f"no data set at {root}: {_why_there_is_none(root)}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _why_there_is_none(root: Path) -> str:
+    found = sorted((path.parent for path in root.glob(f"*/{METADATA_FILE}")), key=lambda path: (len(path.name), path))
+    if found:  # a job of several resolutions makes one of each
+        return f"{METADATA_FILE} is in folders of it; give one of {', '.join(map(str, found))}"
+    if (root / JOB_FILE).is_file() and (root / PARTS_FOLDER).is_dir():
+        return f"its partitions are not merged yet (python -m data_prep.merge {root})"
+    return f"{root / METADATA_FILE} does not exist (data_prep.tokenize writes it)"
 
 
 def parse_metadata(text: bytes, place: str) -> DatasetMetadata:

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +28,10 @@ from data_prep.tokenization import tokenize, tokenize_partition
 from data_prep.work import unfinished_work
 from star_dist.config import PrepConfig, parse_config
 from star_dist.data.schema import decode_captions, decode_tokens, read_metadata
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from star_dist.object_store import open_store
 from tests.data_prep.jobs import contents, samples
+from tests.data_prep.test_webdataset_source import write_tar
 from tests.fault_proxy import FaultProxy
 from tests.s3 import S3Bucket
 
@@ -190,7 +192,7 @@ def test_a_second_worker_on_a_partition_is_refused(many_pictures: dict[str, Any]
     try:
         while not list((tmp_path / "set.work").rglob("held")):
             time.sleep(0.01)
-        with pytest.raises(UserError, match=r"another worker is at partition 0/2 in .*; wait for it, or stop it"):
+        with pytest.raises(Unreachable, match=r"another worker is at partition 0/2 in .*; wait for it, or stop it"):
             tokenize_partition(config, Partition(0, 2))
     finally:
         process.kill()
@@ -360,6 +362,28 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(
     assert contents(places["output"]) == contents(tmp_path / "clean")
 
 
+def test_tars_of_s3_are_copied_to_the_temporary_folder_which_is_named_when_it_is_full(
+    prep_values: dict[str, Any], s3: S3Bucket, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never to the folder of unfinished work: on NFS a file that is removed while it is open stays until then."""
+    pictures = Path(prep_values["source"]["path"])
+    members = {f"{i:03}.png": (pictures / f"{i:03}.png").read_bytes() for i in range(30)}
+    (tmp_path / "tars").mkdir()
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / "tars" / name, members | {f"{i:03}.txt": b"a picture" for i in range(30)})
+    s3.upload(tmp_path / "tars", "tars/")
+    values = prep_values | {"source": {"kind": "webdataset", "path": f"{s3.url}/tars"}}
+    config = make_config(values, tmp_path / "set")
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    full = rf"cannot write to the temporary folder {small_disk} \(TMPDIR\): No space left.*run the same command again"
+    with pytest.raises(UserError, match=full):
+        tokenize(config)
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    (metadata,) = tokenize(config).values()
+    assert sum(metadata.splits.values()) == 60
+    assert not (tmp_path / "set.work").exists() and not list(small_disk.iterdir())
+
+
 @pytest.mark.parametrize("text", ["3", "1/2/3", "-1/2", "2/2", "0/0", "a/b"])
 def test_partitions_are_counted_from_zero(text: str) -> None:
     with pytest.raises(UserError, match="--partition"):
@@ -373,7 +397,7 @@ def test_from_s3_to_s3_through_faults(
     """Pictures and output on S3, while the store refuses and cuts answers: as if nothing had been."""
     s3.upload(Path(prep_values["source"]["path"]), "pictures/")
     values = prep_values | {"source": {"kind": "folder", "path": f"{s3.url}/pictures"}}
-    with pytest.raises(UserError, match=r"output s3://.* is on S3; set work to a local folder"):
+    with pytest.raises(UserError, match=r"output s3://.* is on S3; set work to a folder of a file system"):
         tokenize(make_config(values, f"{s3.url}/set"))
     s3_faults.inject("status_503", path="pictures/00", times=3)
     s3_faults.inject("truncate", path="pictures/01", times=3)
@@ -478,6 +502,14 @@ def test_a_resolution_without_a_picture_keeps_no_other_from_its_end(prep_values:
             tokenize(make_config(values, tmp_path / "set"))
         assert sum(read_metadata(tmp_path / "set" / "16").splits.values()) == 60
         assert (tmp_path / "set" / "rejects.jsonl").exists() and not (tmp_path / "set" / "32" / "dataset.json").exists()
+
+
+def test_a_source_without_a_usable_picture_blames_no_option_that_left_none_out(
+    prep_values: dict[str, Any], tmp_path: Path
+) -> None:
+    said = r"\(rejected: {'caption too short': 60}\); change source or the option that left them out, and output$"
+    with pytest.raises(UserError, match=said):
+        tokenize(make_config(prep_values, tmp_path / "set", min_caption_chars=100))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
-"""What the SLURM scripts of data preparation start; `echo` stands for Python."""
+"""What the SLURM scripts of data preparation start; `echo` stands for Python. And what no script starts without."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,6 +22,14 @@ def submit(script: str, *arguments: str, **variables: str) -> subprocess.Complet
 def array(task: int, first: int, last: int, count: int) -> dict[str, str]:
     names = ("ID", "MIN", "MAX", "COUNT")
     return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, (task, first, last, count))}
+
+
+def stand_in(folder: Path, name: str, *lines: str) -> str:
+    """An executable; returns its path."""
+    path = folder / name
+    path.write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
 
 
 @pytest.mark.parametrize("job", ["tokenize", "caption"])
@@ -46,3 +56,62 @@ def test_merge_verifies_what_it_merged() -> None:
     assert done.stdout.splitlines() == [f"-m data_prep.merge {options}", f"-m data_prep.verify {options} --workers 4"]
     assert submit("merge.sbatch", "s3://bucket/set", PYTHON="false").returncode == 1
     assert submit("merge.sbatch").returncode == 2
+
+
+@pytest.mark.parametrize("job", ["tokenize", "caption"])
+def test_a_task_that_cannot_reach_something_is_requeued_as_often_as_the_site_says(job: str, tmp_path: Path) -> None:
+    stand_in(tmp_path, "scontrol", f'echo "$*" >> {tmp_path}/requeued', f"[[ ! -e {tmp_path}/refuses ]]")
+    stand_in(tmp_path, "sleep")
+    site = tmp_path / "site.sh"
+    site.touch()
+    variables = array(3, 0, 63, 64) | {"SLURM_ARRAY_JOB_ID": "12", "STAR_SITE": str(site)}
+    variables["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+
+    def ends(code: int, restarts: str = "") -> str:
+        """What a task says that ends with a code after that many restarts."""
+        python = stand_in(tmp_path, "python.sh", f"exit {code}")
+        counted = {"SLURM_RESTART_COUNT": restarts} if restarts else {}  # the first start has no such variable
+        done = submit(f"{job}.sbatch", "c.json", **variables | counted | {"PYTHON": python})
+        assert done.returncode == code and not done.stdout
+        return done.stderr
+
+    def requeued() -> list[str]:
+        log = tmp_path / "requeued"
+        return log.read_text().splitlines() if log.exists() else []
+
+    for code, restarts in ((0, ""), (1, ""), (2, ""), (143, ""), (69, "3")):
+        assert not ends(code, restarts) and not requeued()
+    assert "exit code 69: requeueing this task (restart 1 of at most 3)" in ends(69)
+    assert "(restart 3 of at most 3)" in ends(69, "2")
+    assert requeued() == ["requeue 12_3"] * 2
+    site.write_text("MAX_FAILURES=1\n")
+    assert not ends(69, "1") and len(requeued()) == 2
+    (tmp_path / "refuses").touch()
+    assert "error: Slurm does not requeue this task; submit it again" in ends(69)
+
+
+@pytest.mark.parametrize("job", ["tokenize", "caption", "merge", "train", "evaluate", "export", "sample"])
+def test_a_site_file_that_is_named_must_be_there(job: str, tmp_path: Path) -> None:
+    site = tmp_path / "site.sh"
+    done = submit(f"{job}.sbatch", "c.json", STAR_SITE=str(site), **array(0, 0, 0, 1))
+    reason = f"STAR_SITE is {site}, which is no file; copy launcher/slurm/site.sh there and fill it in"
+    assert done.stderr == f"error: {reason}\n" and done.returncode == 2 and not done.stdout
+    site.write_text("echo read; exit 3\n")
+    done = submit(f"{job}.sbatch", "c.json", STAR_SITE=str(site), **array(0, 0, 0, 1))
+    assert done.stdout == "read\n" and done.returncode == 3
+
+
+@pytest.mark.parametrize("job", ["tokenize", "caption", "merge"])
+def test_a_checkout_may_have_no_site_file(job: str, tmp_path: Path) -> None:
+    scripts = tmp_path / "launcher" / "slurm"
+    shutil.copytree(ROOT / "launcher" / "slurm", scripts)
+    (scripts / "site.sh").unlink()
+    done = submit(f"{job}.sbatch", "c.json", STAR_REPO=str(tmp_path), **array(0, 0, 0, 1))
+    assert done.returncode == 0 and f"-m data_prep.{job}" in done.stdout and not done.stderr
+
+
+def test_unfinished_work_of_jobs_on_s3_lies_where_all_nodes_see_it() -> None:
+    """In the checkout, so that a task that starts again on another node goes on."""
+    works = [json.loads(path.read_text()).get("work") for path in (ROOT / "configs" / "prep").glob("*.json")]
+    assert sum(work is not None for work in works) == 2
+    assert not any(Path(work).is_absolute() for work in works if work)

@@ -236,8 +236,17 @@ def test_the_jobs_before_and_after_a_training(
     tokenizer_folder: Path,
     tmp_path: Path,
 ) -> None:
-    """An array of tokenizations and what merges them; then evaluate and export, and sample from what was exported."""
-    environment = cluster.environment | {"STAR_SITE": str(site_file(tmp_path)), "STAR_REPO": str(ROOT)}
+    """An array of tokenizations, one of which finds its storage away at first, and what merges them; then evaluate and
+    export, and sample from what was exported."""
+    python = tmp_path / "python.sh"
+    python.write_text(
+        "#!/bin/bash\n"
+        f"[[ $* == *'--partition 1/2'* ]] && mkdir {tmp_path}/away 2> /dev/null && exit 69\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    site = site_file(tmp_path, f"PYTHON={python}")
+    environment = cluster.environment | {"STAR_SITE": str(site), "STAR_REPO": str(ROOT)}
 
     def sbatch(*arguments: str) -> str:
         command = ["sbatch", "--parsable", f"--output={tmp_path}/%x-%j.out", *arguments]
@@ -266,9 +275,29 @@ def test_the_jobs_before_and_after_a_training(
     sample = [script("sample.sbatch"), str(tmp_path / "export"), "red heart", "--out", str(tmp_path / "heart.png")]
     jobs = [merge, export, sbatch(f"--dependency=afterok:{export}", *sample)]
     jobs.append(sbatch(script("evaluate.sbatch"), config.run_dir, "--out", str(tmp_path / "evaluation.json")))
+    start_again_at_once(cluster, f"{array}_1", config, restarts=1)
     for job in jobs:
         wait_until(lambda: completed(job), "completed", config)  # noqa: B023
     assert (data / "dataset.json").is_file()
+    assert logs().count("exit code 69: requeueing this task") == 1
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["validation/loss/total"] == pytest.approx(reported["validation/loss/total"], rel=1e-5)
     assert (tmp_path / "heart.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [["--batch", "--signal=TERM"], []], ids=["to the shell alone", "as Slurm ends it"])
+def test_nothing_is_left_of_a_task_of_data_preparation_that_is_ended(
+    cluster: SlurmCluster, run_config: Callable[..., RunConfig], tmp_path: Path, options: list[str]
+) -> None:
+    """Its script passes no signal on to the command."""
+    python, started = tmp_path / "python.sh", tmp_path / "started"
+    python.write_text(f"#!/bin/bash\necho $$ > {started}.new && mv {started}.new {started}\nexec sleep 600\n")
+    python.chmod(0o755)
+    environment = cluster.environment | {"STAR_SITE": str(site_file(tmp_path, f"PYTHON={python}"))}
+    command = ["sbatch", "--parsable", "--array=0-0", f"--output={tmp_path}/log", "launcher/slurm/tokenize.sbatch", "c"]
+    job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout.strip()
+    wait_until(started.exists, "started", run_config())
+    process = psutil.Process(int(started.read_text()))
+    cluster.run("scancel", *options, job)
+    process.wait(30)
+    wait_until(lambda: cluster.job(job)["JobState"] in ("CANCELLED", "FAILED"), "ended", run_config())
