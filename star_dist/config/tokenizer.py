@@ -10,6 +10,11 @@ from star_dist.config.base import Count, Fraction, Positive, Section
 from star_dist.scales import ScaleSchedule
 from star_dist.tokenizer.config import VQVAEConfig
 
+# The convolutions of the discriminator (star_dist/tokenizer/losses.py), which decide what it can judge.
+DISCRIMINATOR_KERNEL = 4
+DISCRIMINATOR_PADDING = 1
+DISCRIMINATOR_STRIDES = (2, 2, 2, 1, 1)
+
 
 class TokenizerLossSection(Section):
     """Weights of the tokenizer's losses. perceptual and adversarial are off at 0.
@@ -81,8 +86,22 @@ class TokenizerTrainConfig(Section):
             )
         if self.loss.perceptual and self.loss.vgg16_weights is None:
             raise ValueError(f"loss.perceptual is {self.loss.perceptual} but loss.vgg16_weights is null; give the file")
+        if self.loss.adversarial and self.resolution < least_judged_side():
+            raise ValueError(
+                f"loss.adversarial is {self.loss.adversarial}, but its discriminator judges pictures of "
+                f"{least_judged_side()} pixels and more, and resolution is {self.resolution}; set loss.adversarial to "
+                f"0, or train at a larger resolution"
+            )
         return self
 
     @property
     def schedule(self) -> ScaleSchedule:
         return ScaleSchedule(self.tokenizer.scales)
+
+
+def least_judged_side() -> int:
+    """Side of the smallest picture that the discriminator gives one judgement of."""
+    side = 1
+    for stride in reversed(DISCRIMINATOR_STRIDES):
+        side = (side - 1) * stride + DISCRIMINATOR_KERNEL - 2 * DISCRIMINATOR_PADDING
+    return side

@@ -5,7 +5,6 @@ B samples of a micro-batch, L tokens of a sample.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from star_dist.data.schema import DatasetMetadata, decode_captions, decode_featu
 from star_dist.data.shared_memory import one_number_for_all_ranks, record_segments
 from star_dist.data.streams import CORRUPT_MARK, CorruptShard, build_streams, remove_leftovers
 from star_dist.errors import Unreachable, UserError
+from star_dist.files import FULL_DISK
 from star_dist.scales import ScaleSchedule
 
 BLANK = ""  # the name of the only caption of a sample that is skipped
@@ -202,7 +202,7 @@ class CaptionedTokens(StreamingDataset):
     def _explained(self, error: BaseException) -> UserError:
         """What ends the training when a shard cannot be read."""
         problem = f"cannot read the data set at {self.place}: "
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
             return UserError(f"{problem}no room in the cache {self.cache}; set data.cache_limit, or another data.local")
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if "cache limit" in reason or "cache_limit" in reason:

@@ -45,6 +45,15 @@ def fetch_matching_metadata(config: RunConfig, tokenizer_hash: str) -> list[Data
     return metadata
 
 
+def read_remote_metadata(data: DataSection, source: DataSource) -> DatasetMetadata:
+    """`dataset.json` of a remote source, without its cache.
+
+    Raises:
+        UserError: no data set there, or a remote that cannot be read.
+    """
+    return parse_metadata(_read(data, source, METADATA_FILE), f"{source.remote}/{METADATA_FILE}")
+
+
 def _fetch_metadata(data: DataSection, source: DataSource) -> DatasetMetadata:
     local = Path(source.local)
     if source.remote is None:
@@ -83,7 +92,13 @@ def _read(data: DataSection, source: DataSource, name: str) -> bytes:
     try:
         return open_store(source.remote, endpoint=data.s3_endpoint_url, region=data.s3_region).read(name)
     except FileNotFoundError:
-        raise UserError(f"no data set at {source.remote}: it has no {name} (data_prep.tokenize writes it)") from None
+        written = "data_prep.tokenize writes it"
+        if name == METADATA_FILE:
+            written += (
+                f", for several partitions python -m data_prep.merge {source.remote}; of several resolutions each has "
+                f"one, such as {source.remote}/256"
+            )
+        raise UserError(f"no data set at {source.remote}: it has no {name} ({written})") from None
 
 
 def check_local_shards(data: DataSection, split: str) -> None:

@@ -9,9 +9,9 @@
     GET    /api/jobs/ID/pictures/I.png       picture I
     DELETE /api/jobs/ID                      cancels it
 
-Every error is {"error": "one sentence"}: 400 a host that is not this server's, 404 no such path, drawing or picture,
-405 another method, 413 a request that is too large, 422 and 503 as above. (Beyond its limit of connections uvicorn
-answers 503 by itself, in plain text.)
+Every error is {"error": "one sentence"}: 400 a host that is not this server's, 403 a page of another host, 404 no such
+path, drawing or picture, 405 another method, 413 a request that is too large, 422 and 503 as above. (Beyond its limit
+of connections uvicorn answers 503 by itself, in plain text.)
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ PICTURE_HEADERS = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Op
 def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[str] | None) -> FastAPI:
     """The application around a loaded model.
 
-    name: shown on the page. hosts: names and addresses that requests may be sent to, against pages elsewhere that
-    point their own name at this machine; null allows any.
+    name: shown on the page. hosts: names and addresses that requests may be sent to, and by whose pages alone, against
+    pages elsewhere, also those that point their own name at this machine; null allows any.
     """
     worker = Worker(pipeline, limits)
     tokenizer = copy.deepcopy(pipeline.text_encoder.tokenizer)  # the drawing thread's own may not be used from here
@@ -170,7 +170,11 @@ ERROR_HANDLERS = {UserError: _user_error, RequestValidationError: _invalid_reque
 
 
 class HostCheck:
-    """Refuses requests that are sent to another name than the given ones. hosts: without port and brackets."""
+    """Refuses requests that are sent to another name than the given ones, or by a page of another.
+
+    hosts: without port and brackets. Browsers say in Origin which page a request is of, "null" where they keep it for
+    themselves; scripts say nothing. Scheme and port may be those of a proxy, so names alone are compared.
+    """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self.app = app
@@ -178,15 +182,22 @@ class HostCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            sent_to = Headers(scope=scope).get("host", "")
-            try:
-                known = urlsplit(f"//{sent_to}").hostname in self.hosts
-            except ValueError:  # brackets that hold no address
-                known = False
-            if not known:
+            headers = Headers(scope=scope)
+            sent_to, page = headers.get("host", ""), headers.get("origin")
+            refusal = None
+            if not self._knows(f"//{sent_to}"):
                 refusal = _error(400, f"the request is for host {sent_to!r}; open the address that the server printed")
+            elif page is not None and not self._knows(page):
+                refusal = _error(403, f"the request is of a page at {page!r}; open the address that the server printed")
+            if refusal is not None:
                 return await refusal(scope, receive, send)
         return await self.app(scope, receive, send)
+
+    def _knows(self, address: str) -> bool:
+        try:
+            return urlsplit(address).hostname in self.hosts
+        except ValueError:  # brackets that hold no address
+            return False
 
 
 class BodyLimit:

@@ -5,6 +5,7 @@ Shapes: B batch, C code dimension, V codebook size, H latent side; pictures are 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from star_dist.config.tokenizer import DISCRIMINATOR_KERNEL, DISCRIMINATOR_PADDING, DISCRIMINATOR_STRIDES
 from star_dist.errors import UserError
 from star_dist.scales import ScaleSchedule
 from star_dist.tokenizer.quantizer import MultiScaleQuantizer
@@ -89,16 +91,17 @@ class PerceptualLoss(nn.Module):
 class PatchDiscriminator(nn.Sequential):
     """Judges overlapping patches of a picture as real or decoded (PatchGAN, Isola et al. 2017)."""
 
-    def __init__(self, channels: int = 64, num_downsamplings: int = 3) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    def __init__(self, channels: int = 64) -> None:
+        convolution = functools.partial(nn.Conv2d, kernel_size=DISCRIMINATOR_KERNEL, padding=DISCRIMINATOR_PADDING)
+        first, *inner, last = DISCRIMINATOR_STRIDES
+        layers: list[nn.Module] = [convolution(3, channels, stride=first), nn.LeakyReLU(0.2)]
         width = channels
-        for i in range(1, num_downsamplings + 1):
+        for stride in inner:
             wider = min(2 * width, 8 * channels)
-            stride = 2 if i < num_downsamplings else 1
-            layers += [nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False)]
+            layers += [convolution(width, wider, stride=stride, bias=False)]
             layers += [nn.GroupNorm(32 if wider % 32 == 0 else 1, wider), nn.LeakyReLU(0.2)]
             width = wider
-        super().__init__(*layers, nn.Conv2d(width, 1, 4, padding=1))
+        super().__init__(*layers, convolution(width, 1, stride=last))
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

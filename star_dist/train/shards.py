@@ -9,7 +9,6 @@ CRC-32 of every block of a range, so that whoever reads a part of it can tell wh
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import math
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from star_dist.errors import Unreachable, UserError
+from star_dist.files import FULL_DISK
 from star_dist.train.checkpoint import INDEX, Checkpoint, shard_name
 from star_dist.train.places import Place
 
@@ -183,7 +183,7 @@ class ShardReader:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = isinstance(error, OSError) and error.errno in FULL_DISK
             advice = f"make room in {tempfile.gettempdir()}, or set TMPDIR" if full else ADVICE
             kind = Unreachable if isinstance(error, OSError) else UserError
             raise kind(

@@ -98,6 +98,21 @@ def test_captions_that_the_data_set_cannot_give_are_refused(
         )
 
 
+def test_a_folder_beside_the_data_set_is_told_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "job.json").touch()
+    said = rf"no data set at {tmp_path}: its partitions are not merged yet \(python -m data_prep\.merge {tmp_path}\)"
+    with pytest.raises(UserError, match=said):
+        read_metadata(tmp_path)
+    for side in ("256", "1024", "512"):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / METADATA_FILE).touch()
+    with pytest.raises(UserError, match=rf"give one of {tmp_path}/256, {tmp_path}/512, {tmp_path}/1024$"):
+        read_metadata(tmp_path)
+    with pytest.raises(UserError, match=r"absent/dataset\.json does not exist \(data_prep\.tokenize writes it\)"):
+        read_metadata(tmp_path / "absent")
+
+
 def test_metadata_of_another_version_or_damaged(tmp_path: Path, dataset_folder: Path) -> None:
     with pytest.raises(UserError, match="no data set at"):
         read_metadata(tmp_path)

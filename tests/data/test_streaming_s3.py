@@ -148,7 +148,11 @@ def test_a_file_cut_short_in_the_cache_is_fetched_again(
             {"remote": "s3://no-such-bucket-here/set"},
             "cannot read s3://no-such-bucket-here/set/dataset.json.*the bucket does not exist",
         ),
-        ({}, {"remote": "{bucket}/other"}, "no data set at .*/other: it has no dataset.json"),
+        (
+            {},
+            {"remote": "{bucket}/other"},
+            r"no data set at .*/other: it has no dataset.json .* data_prep.merge \S+/other; .* such as \S+/other/256\)",
+        ),
         ({}, {"s3_endpoint_url": "http://127.0.0.1:9"}, "the store cannot be reached; check the endpoint"),
     ],
 )

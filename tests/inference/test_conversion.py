@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from star_dist.export import (
 )
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.model.config import StarConfig
+from star_dist.model_card import ModelFacts
 from star_dist.public_layout import (
     Untold,
     check_weights,
@@ -40,6 +43,16 @@ from tests.ranks import run_script
 
 ROOT = Path(__file__).parents[2]
 SCALES = (1, 2, 3, 4)
+FACTS = ModelFacts(
+    source="training run runs/demo",
+    licence="cc-by-sa-4.0",
+    dataset="openmoji",
+    samples={"train": 60},
+    attribution="pictures by OpenMoji",
+    training={"train.steps": 40, "optimizer.betas": [0.9, 0.95]},
+    metrics={"loss": 2.5},
+    versions={"torch": "2.11.0", "git": None},
+)
 Weights = dict[str, torch.Tensor]
 
 
@@ -90,6 +103,10 @@ def test_round_trip_of_the_goldens(public: tuple[Path, Path], tmp_path: Path, te
     assert same(read_weights(tmp_path / "back" / f"vae.{kind}"), read_weights(public[1]))
 
 
+def without_source(config: ExportConfig) -> dict[str, object]:
+    return config.model_dump(exclude={"facts": {"source"}})
+
+
 def random_weights(layout: dict[str, list[int]]) -> Weights:
     torch.manual_seed(1)
     return {
@@ -128,12 +145,12 @@ def test_ours_to_public_and_back(tmp_path: Path, inference_folder: Path) -> None
     assert record["public_code_must_change"] == {"rope_convention": "paper", "norm_groups": 4}
     files = tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth"
     assert not read_weights(files[0])["class_emb.weight"].any()
-    from_public(*files, tmp_path / "again", Untold(), "mit")
-    _, before = load_model(inference_folder)
+    from_public(*files, tmp_path / "again", Untold())
+    original, before = load_model(inference_folder)
     config, after = load_model(tmp_path / "again")
     assert same(dict(before.named_parameters()), dict(after.named_parameters()))
-    assert config.tokenizer_hash == read_export_config(inference_folder).tokenizer_hash
-    assert config.facts.licence == "mit" and "license: mit" in (tmp_path / "again" / "README.md").read_text()
+    assert without_source(config) == without_source(original)  # also the name of the copied text encoder
+    assert config.facts.source.startswith("converted from star.pth (sha256 ")
     drawn = [
         StarPipeline.from_pretrained(folder, "cpu")("red heart", 5)[0].tobytes()
         for folder in (inference_folder, tmp_path / "again")
@@ -154,6 +171,9 @@ def other_folder(inference_folder: Path, out: Path, scales: tuple[int, ...], **r
             "model": dataclasses.replace(config.model, scales=scales, **rope),
             "text": TextSection(encoder="someone/else", width=16, max_tokens=9, pooling="mean"),
             "resolution": 4 * scales[-1],
+            "run_name": "hearts",
+            "step": 40,
+            "facts": FACTS,
         }
     )
     write_inference_folder(out, weights, other, load_export_tokenizer(inference_folder, config))
@@ -178,9 +198,8 @@ def test_what_the_files_do_not_tell_comes_back(
     files = tmp_path / "public" / "star.safetensors", tmp_path / "public" / "vae.safetensors"
     from_public(*files, tmp_path / "again", Untold())
     after = read_export_config(tmp_path / "again")
-    origin = ("run_name", "step", "facts")
-    assert after.model_dump(exclude=set(origin)) == before.model_dump(exclude=set(origin))
-    assert after.model == before.model and after.text == before.text
+    assert without_source(after) == without_source(before)
+    assert after.facts.source.startswith("training run runs/demo; converted from star.safetensors (sha256 ")
     for file in ("model.safetensors", "tokenizer/model.safetensors"):
         assert same(load_file(tmp_path / "again" / file), load_file(tmp_path / "model" / file))
     tokenizers = [(tmp_path / folder / "tokenizer" / "config.json").read_text() for folder in ("again", "model")]
@@ -188,6 +207,53 @@ def test_what_the_files_do_not_tell_comes_back(
     to_public(tmp_path / "again", tmp_path / "public again", "safetensors")
     for file in files:
         assert same(load_file(tmp_path / "public again" / file.name), load_file(file))
+
+
+def test_a_licence_that_is_given_wins(tmp_path: Path, inference_folder: Path) -> None:
+    before = other_folder(inference_folder, tmp_path / "model", SCALES)
+    to_public(tmp_path / "model", tmp_path / "public", "pth")
+    files = tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth"
+    from_public(*files, tmp_path / "again", Untold(), "mit")
+    facts = read_export_config(tmp_path / "again").facts
+    assert facts.licence == "mit" and "license: mit" in (tmp_path / "again" / "README.md").read_text()
+    assert facts.attribution == before.facts.attribution
+
+
+def test_records_without_facts_are_read(tmp_path: Path, inference_folder: Path) -> None:
+    """Older ones have the folder of the text encoder's copy in place of its name."""
+    to_public(inference_folder, tmp_path / "public", "pth")
+    record = tmp_path / "public" / "conversion.json"
+    values = json.loads(record.read_text())
+    del values["text_encoder_copied"]
+    values["text"]["encoder"] = "./text_encoder"
+    values["source"] = {"run_name": "hearts", "step": 40}
+    record.write_text(json.dumps(values))
+    from_public(tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth", tmp_path / "again", Untold())
+    after = read_export_config(tmp_path / "again")
+    assert (after.run_name, after.step, after.text.encoder) == ("hearts", 40, "text_encoder")
+    before = read_export_config(inference_folder)
+    assert after.model == before.model and after.facts.licence is None
+    drawn = [
+        StarPipeline.from_pretrained(folder, "cpu")("red heart", 5) for folder in (inference_folder, tmp_path / "again")
+    ]
+    assert drawn[0][0].tobytes() == drawn[1][0].tobytes()
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_a_conversion_that_fails_is_not_in_the_way(
+    tmp_path: Path, inference_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(shutil, "copyfile", full)
+        to_public(inference_folder, tmp_path / "public", kind)
+    assert not (tmp_path / "public").exists()
+    to_public(inference_folder, tmp_path / "public", kind)
+    copied = [tmp_path / "public" / "text_encoder", inference_folder / "text_encoder"]
+    left, right = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in copied)
+    assert left == right
 
 
 def test_options_and_the_record_must_agree(tmp_path: Path, inference_folder: Path, text: TextSection) -> None:
@@ -210,7 +276,13 @@ def test_options_and_the_record_must_agree(tmp_path: Path, inference_folder: Pat
         ({"tokenizer_hash": "another"}, r"is of a model with tokenizer another, .*vae\.pth has \w{16}"),
         ({"scales": [2, 1]}, r"conversion\.json: scales must start with 1"),
         ({"rope_theta": "high"}, r"conversion\.json: rope_theta: .* got \"high\""),
-        ({"text": {"encoder": "./text_encoder"}}, r"says that the text encoder lies beside it, but .* is no folder"),
+        (
+            {"text": {"encoder": "./text_encoder"}},
+            r"text encoder lies beside it, but .* is no folder; .* text\.encoder",
+        ),
+        ({"text_encoder_copied": True}, r"lies beside it, but .* is no folder; .* change text_encoder_copied in"),
+        ({"source": {"run_name": "hearts"}}, r"conversion\.json: source\.step is missing"),
+        ({"source": {"run_name": "a", "step": 1, "facts": {"licence": 3}}}, r"source\.facts\.licence: .* got 3"),
     ]:
         record.write_text(json.dumps(values | change))
         with pytest.raises(UserError, match=said) as error:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from star_dist import cli
 from star_dist.config import RunConfig, dump_config
+from star_dist.weights import write_weights
 from tests.ranks import run_ranks, run_script
 from tests.train.runs import train_on
 
@@ -74,6 +77,100 @@ def test_a_reader_that_ends_early_is_no_error(unbuffered: str) -> None:
     )
     result = run("bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}")
     assert (result.returncode, result.stderr) == (141, "")
+
+
+def save_into_full_file() -> None:
+    with open("/dev/full", "wb") as file:  # opened here: safetensors, as root, would put a file in the device's place
+        torch.save({"a": torch.zeros(100_000)}, file)
+
+
+def fail(error: Exception) -> Callable[[], None]:
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("rank", [None, "0"])
+@pytest.mark.parametrize(
+    ("main", "place"),
+    [
+        (fail(OSError(errno.ENOSPC, "No space left on device", "/runs/a/facts.jsonl")), " to /runs/a/facts.jsonl"),
+        (fail(OSError(errno.ENOSPC, "No space left on device", "/from", None, "/to")), " to /to"),
+        (fail(OSError(errno.ENOSPC, "No space left on device")), ""),
+        (fail(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")), ""),
+        (save_into_full_file, ""),
+    ],
+    ids=["named", "copied", "unnamed", "safetensors", "torch"],
+)
+def test_a_full_disk_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    main: Callable[[], None],
+    place: str,
+    rank: str | None,
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+        if rank is not None:
+            monkeypatch.setenv(name, rank)
+    with pytest.raises(SystemExit) as ended:
+        cli.run_command(main)
+    said = f"error: cannot write{place}: No space left on device; make room and run the same command again\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == said
+
+
+def test_a_quota_that_is_used_up_is_a_full_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run_command(fail(OSError(errno.EDQUOT, "Disk quota exceeded", "out.png")))
+    assert ended.value.code == 2 and "cannot write to out.png: Disk quota exceeded; make" in capsys.readouterr().err
+
+
+def test_other_errors_stay_what_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        cli.run_command(fail(PermissionError(errno.EACCES, "Permission denied", "out.png")))
+    assert ended.value.code == 1 and capsys.readouterr().err == "error: out.png: Permission denied\n"
+    for error in (SafetensorError("Error while deserializing header"), RuntimeError("os error 28")):
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            cli.run_command(fail(error))
+
+
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_output_to_a_full_disk_is_one_line(unbuffered: str) -> None:
+    command = (
+        f"PYTHONUNBUFFERED={unbuffered} {sys.executable} launcher/plan.py --config configs/d30.json --gpus 8 --gpu h200"
+    )
+    result = run("bash", "-c", f"{command} > /dev/full")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert re.match(r"error: cannot write( to standard output)?: No space left on device; make room", result.stderr)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_weights_that_a_full_disk_does_not_take(small_disk: Path, inference_folder: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as error:
+        write_weights({"a": torch.zeros(100_000)}, small_disk)
+    assert error.value.filename == str(small_disk)
+    for kind in ("pth", "safetensors"):
+        command = ["to-public", str(inference_folder), "--out", str(small_disk / "public"), "--format", kind]
+        result = run_script(ROOT / "launcher/convert.py", *command)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert errors == [
+            f"error: cannot write to {small_disk}/public/star.{kind}: No space left on device; make room and run the "
+            f"same command again"
+        ]
+        assert not list(small_disk.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,19 @@ def test_requests_from_elsewhere_are_refused(client: TestClient) -> None:
         assert refused.status_code == 400 and f"for host {host!r}; open the address" in refused.json()["error"]
     for host in ("localhost:7860", "LOCALHOST", "[::1]:7860"):
         assert client.get("/api/model", headers={"Host": host}).status_code == 200
+    for origin in (
+        "https://evil.example",
+        "http://127.0.0.1.evil.example",
+        "http://127.0.0.1@evil.example",
+        "null",
+        "",
+    ):
+        refused = client.post("/api/jobs", json={"prompts": ["x"]}, headers={"Origin": origin})
+        assert refused.status_code == 403 and f"a page at {origin!r}; open the address" in refused.json()["error"]
+    for origin in ("http://127.0.0.1:7860", "http://localhost", "https://LOCALHOST:443", "http://[::1]:7860"):
+        assert client.get("/api/model", headers={"Origin": origin}).status_code == 200
+    untyped = client.post("/api/jobs", content='{"prompts": ["x"]}')
+    assert untyped.status_code == 422  # what a script of a foreign page could send; since FastAPI 0.132
     method = client.put("/api/model")
     assert method.status_code == 405 and method.json()["error"]
     plain = client.post("/api/jobs", content='{"prompts": ["x"]}', headers={"Content-Type": "text/plain"})

@@ -19,11 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from star_dist.config import ConfigError, TokenizerTrainConfig, load_config, parse_config
+from star_dist.config.tokenizer import least_judged_side
 from star_dist.errors import Unreachable, UserError
 from star_dist.process import prepare_process_environment
 from star_dist.tokenizer.batches import ReadablePictures, StepBatches, find_pictures, fingerprint
 from star_dist.tokenizer.codebook import codebook_usage
 from star_dist.tokenizer.io import load_tokenizer
+from star_dist.tokenizer.losses import PatchDiscriminator
 from star_dist.tokenizer.muon import orthogonalize
 from star_dist.tokenizer.optim import build_optimizers, initialize
 from star_dist.tokenizer.quantizer import Phi
@@ -150,7 +152,7 @@ def test_a_killed_run_of_two_ranks_goes_on_with_the_same_losses(make_config: Mak
     ids=["plain", "adversarial"],
 )
 def test_two_ranks_equal_one(make_config: MakeConfig, tmp_path: Path, changes: dict[str, Any]) -> None:
-    if "resolution" in changes:  # the discriminator needs 32 pixels
+    if "resolution" in changes:  # 16 pixels are too few for the discriminator
         changes = changes | {"tokenizer": {"scales": [1, 2, 4, 8]}}
     configs = [make_config(run_dir=str(tmp_path / str(n)), **changes) for n in (1, 2)]
     for world_size, config in enumerate(configs, start=1):
@@ -380,6 +382,19 @@ def test_perceptual_loss_wants_its_weights(make_config: MakeConfig, tmp_path: Pa
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, missing)
     with pytest.raises(UserError, match=r"vgg16\.pth as torchvision's VGG-16.*missing features\.0\.bias"):
         rank_main(make_config(loss={"perceptual": 1.0, "vgg16_weights": missing}))
+
+
+def test_pictures_that_the_discriminator_cannot_judge_are_refused(make_config: MakeConfig) -> None:
+    least = least_judged_side()
+    discriminator = PatchDiscriminator(channels=8)
+    assert discriminator(torch.zeros(1, 3, least, least)).shape == (1, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="size"):
+        discriminator(torch.zeros(1, 3, least - 1, least - 1))
+    with pytest.raises(
+        ConfigError, match=rf"loss\.adversarial is 0\.1, .* pictures of {least} pixels .* resolution is 16"
+    ):
+        make_config(loss={"adversarial": 0.1})
+    make_config(loss={"adversarial": 0.1}, resolution=least, tokenizer={"scales": [1, 2, least // 4]})
 
 
 def test_perceptual_loss_is_zero_for_equal_pictures_and_pulls_towards_the_target(
