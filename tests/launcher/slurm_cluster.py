@@ -111,6 +111,11 @@ class SlurmCluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job_id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def describe(self, job_id: str) -> str:
+        """For a test that fails: what the controller knows of a job and of the nodes, and has done last."""
+        log = (self.root / "slurmctld.log").read_text()[-4000:]
+        return "\n".join((self.run("scontrol", "show", "job", job_id), self.run("sinfo", "--long", "--Node"), log))
+
     def _start(self, *command: str) -> None:
         log = (self.root / f"{command[0]}_{len(self._daemons)}.out").open("w")
         self._daemons.append(

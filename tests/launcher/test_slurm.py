@@ -80,12 +80,14 @@ def submit(cluster: SlurmCluster, site: Path, config: RunConfig, *options: str) 
     return re.fullmatch(r"Submitted batch job (\d+)", result.stdout.strip())[1]
 
 
-def wait_until(condition: Callable[[], bool], what: str, config: RunConfig) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str, config: RunConfig, explain: Callable[[], str] = lambda: ""
+) -> None:
     deadline = time.monotonic() + JOB_TIMEOUT_S
     while not condition():
         if time.monotonic() > deadline:
             logs = "\n".join(path.read_text()[-4000:] for path in Path(config.run_dir).glob("slurm-*.out"))
-            pytest.fail(f"not {what} within {JOB_TIMEOUT_S} s:\n{logs}")
+            pytest.fail(f"not {what} within {JOB_TIMEOUT_S} s:\n{logs}\n{explain()}")
         time.sleep(0.2)
 
 
@@ -94,11 +96,15 @@ def start_again_at_once(cluster: SlurmCluster, job: str, config: RunConfig, rest
 
     def begun() -> bool:
         state = cluster.job(job)
-        if state.get("JobState") == "PENDING" and int(state.get("Restarts", 0)) == restarts:
+        if int(state.get("Restarts", 0)) < restarts:
+            return False
+        if state.get("JobState") == "PENDING":
+            if state.get("Priority") == "0":  # Slurm holds a job that it could not start
+                cluster.run("scontrol", "release", job)
             cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return state.get("JobState") == "RUNNING" and int(state.get("Restarts", 0)) == restarts
+        return state.get("JobState") == "RUNNING"
 
-    wait_until(begun, f"started {restarts} times again", config)
+    wait_until(begun, f"started {restarts} times again", config, lambda: cluster.describe(job))
 
 
 def ends(config: RunConfig) -> list[dict]:
