@@ -31,8 +31,8 @@ def unfinished_work(output: str, work: str | None, job_hash: str, partition: Par
     work: as the config has it; null takes `OUTPUT.work`.
 
     Raises:
-        UserError: another process is at the partition, the folder cannot be written or its disk is full, or the output
-            is on S3 and no folder is given.
+        Unreachable: another process is at the partition.
+        UserError: the folder cannot be written or its disk is full, or the output is on S3 and no folder is given.
     """
     root = work_root(output, work)
     folder = root / job_hash / partition.name

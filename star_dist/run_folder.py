@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from star_dist.config.base import Section, dump_config, parse_config
 from star_dist.errors import Unreachable
 from star_dist.files import cannot_write, read_json_lines, try_lock, write_text_atomically
 
@@ -59,6 +60,18 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[s
                 yield f"{key}.{name}", *values
         elif old != new:
             yield key, old, new
+
+
+def differences_since(written: dict[str, Any], config: Section, place: str) -> Iterator[tuple[str, Any, Any]]:
+    """`differences` between a config that was written at a place, maybe by older code, and the one of now.
+
+    Options that are newer count with their defaults, which do as the code before them did.
+
+    Raises:
+        ConfigError: what was written holds an option that is no more.
+    """
+    before = parse_config(type(config), written, place)
+    yield from differences(json.loads(dump_config(before)), json.loads(dump_config(config)))
 
 
 def _by_name(value: Any) -> Any:

@@ -67,15 +67,17 @@ def writing(path: Path) -> Iterator[None]:
     """Around what writes weights to a path.
 
     Raises:
-        OSError: naming the path, in place of what safetensors and `torch.save` raise where the system refused.
+        OSError: naming the path, in place of what safetensors raises, and `torch.save` where the system refused.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         found = system_error(error)
-        if found is None or found.errno is None:
-            raise
-        raise OSError(found.errno, os.strerror(found.errno), found.filename or str(path)) from None
+        if found is not None and found.errno is not None:
+            raise OSError(found.errno, os.strerror(found.errno), found.filename or str(path)) from None
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{path}: {error}") from None
+        raise
 
 
 def system_error(error: Exception) -> OSError | None:

@@ -10,6 +10,7 @@ if [[ $# -lt 1 || -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
     exit 2
 fi
 source launcher/slurm/read_site.sh
+source launcher/slurm/requeue.sh
 
 if [[ -z ${PARTITIONS:-} ]]; then
     if [[ $SLURM_ARRAY_TASK_MIN -ne 0 || $SLURM_ARRAY_TASK_COUNT -ne $((SLURM_ARRAY_TASK_MAX + 1)) ]]; then
@@ -34,11 +35,7 @@ start_on_partition() {
         --partition "$PARTITION" ${WORKERS[@]+"${WORKERS[@]}"} ${OVERRIDES[@]+"${OVERRIDES[@]}"} || code=$?
     if [[ $code == 69 && $restarts -lt $most ]]; then
         echo "$(date -Is) exit code 69: requeueing this task (restart $((restarts + 1)) of at most $most)" >&2
-        if scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; then
-            sleep 60 # Slurm ends the script on its way
-        else
-            echo "error: Slurm does not requeue this task; submit it again" >&2
-        fi
+        requeue_and_exit "$code"
     fi
     exit "$code"
 }

@@ -10,7 +10,6 @@ config.json, model.safetensors    the finished tokenizer (`star_dist.tokenizer.i
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any
 
 import torch
 
-from star_dist.config import TokenizerTrainConfig, dump_config, parse_config
+from star_dist.config import TokenizerTrainConfig
 from star_dist.errors import UserError
 from star_dist.files import read_json_object
-from star_dist.run_folder import differences
+from star_dist.run_folder import differences_since
 from star_dist.tokenizer.io import CONFIG_FILE
 
 TRAINING_FILE = "training.json"
@@ -42,7 +41,7 @@ FREE_OPTIONS = {
 
 
 def check_same_run(run_dir: Path, config: TokenizerTrainConfig) -> None:
-    """Compares with the configuration that a run folder was begun with; options newer than that count as defaults.
+    """Compares with the configuration that a run folder was begun with.
 
     Raises:
         UserError: naming the first option that differs, with both values, or one that is no more.
@@ -51,8 +50,7 @@ def check_same_run(run_dir: Path, config: TokenizerTrainConfig) -> None:
         return
     absent = f"{run_dir} holds a tokenizer but no {TRAINING_FILE}; change run_dir"
     path = run_dir / TRAINING_FILE
-    begun_with = parse_config(TokenizerTrainConfig, read_json_object(path, absent), str(path))
-    for key, before, now in differences(*(json.loads(dump_config(each)) for each in (begun_with, config))):
+    for key, before, now in differences_since(read_json_object(path, absent), config, str(path)):
         if key not in FREE_OPTIONS:
             raise UserError(
                 f"{run_dir} was begun with {key} {before}, this configuration has {now}; "

@@ -19,9 +19,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from star_dist.config import CheckpointSection, DataSection, RunConfig, dump_config, parse_config
+from star_dist.config import CheckpointSection, DataSection, RunConfig, dump_config
 from star_dist.errors import Unreachable, UserError
-from star_dist.run_folder import differences
+from star_dist.run_folder import differences_since
 from star_dist.train.places import LocalPlace, Place, S3Place
 
 MARKER = "complete.json"
@@ -32,6 +32,7 @@ FREE_SPACE_MARGIN = 1.1  # of a checkpoint's own size: other things grow on the 
 # the same position on, except train.steps, which stretches the learning-rate schedule, and train.micro_batch,
 # train.zero_stage, train.compile and model.attention, which change the order of float sums, and deepspeed, which can
 # also change their rounding on the way between ranks.
+CHOOSING = "checkpoint.resume_step of a training, --step of other commands"  # how one is chosen, for messages
 MAY_CHANGE = (
     "name",
     "run_dir",
@@ -165,8 +166,8 @@ class CheckpointFolder:
         folder = self.name(step)
         others = [other for other in self.complete_steps() if other != step]
         advice = (
-            f"take another complete one ({others}): checkpoint.resume_step of a training, --step of other commands; or "
-            f"set checkpoint.on_damaged to previous, or remove the folder"
+            f"take another complete one ({others}): {CHOOSING}; or set checkpoint.on_damaged to previous, or remove "
+            f"the folder"
         )
         try:
             with self.place.reading(folder, MARKER) as path:
@@ -298,14 +299,12 @@ def check_same_data(checkpoint: Checkpoint, data: DataSection, data_hashes: Sequ
 def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     """Compares a checkpoint's config with the run's; returns the accepted differences as sentences.
 
-    Options that are newer than the checkpoint count with their defaults, which train as the code before them did.
-
     Raises:
         UserError: a difference that would make it another training, with both values, or an option that is no more.
     """
     accepted = []
-    written = parse_config(RunConfig, checkpoint.config, f"the config of checkpoint {checkpoint.path}")
-    for key, before, now in differences(*(json.loads(dump_config(each)) for each in (written, config))):
+    place = f"the config of checkpoint {checkpoint.path}"
+    for key, before, now in differences_since(checkpoint.config, config, place):
         if not any(fnmatchcase(key, allowed) or fnmatchcase(key, f"{allowed}.*") for allowed in MAY_CHANGE):
             raise UserError(
                 f"checkpoint {checkpoint.path} was written with {key} = {json.dumps(before)}, the run has "

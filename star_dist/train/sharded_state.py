@@ -187,16 +187,17 @@ class ShardedState:
 
     def _groups(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         """Settings of the parameter groups by name, and the group of each parameter."""
-        settings = {}
-        for group in self._engine.optimizer.param_groups:
-            settings[group["name"]] = json.loads(json.dumps({name: group[name] for name in GROUP_SETTINGS}))
-        return settings, self._group_of
+        groups = {group["name"]: _settings(group) for group in self._engine.optimizer.param_groups}
+        return groups, self._group_of
 
     def _check_groups(self, checkpoint: Checkpoint, scalars: Scalars) -> None:
-        kept = {  # older checkpoints have more of them
-            group: {name: settings.get(name) for name in GROUP_SETTINGS} for group, settings in scalars.groups.items()
-        }
+        kept = {name: _settings(group) for name, group in scalars.groups.items()}  # older checkpoints have more
         before = {"groups": kept, "group_of": scalars.group_of}
         groups, group_of = self._groups()
         for key, then, now in differences(before, {"groups": groups, "group_of": group_of}):
             raise UserError(f"checkpoint {checkpoint.path} was written with {key} = {then}, this code has {now}")
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Those of a parameter group that are kept, as JSON gives them back."""
+    return json.loads(json.dumps({name: group.get(name) for name in GROUP_SETTINGS}))

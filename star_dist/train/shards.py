@@ -26,14 +26,15 @@ from torch import Tensor
 
 from star_dist.errors import Unreachable, UserError
 from star_dist.files import FULL_DISK
-from star_dist.train.checkpoint import INDEX, Checkpoint, shard_name
+from star_dist.train.checkpoint import CHOOSING, INDEX, Checkpoint, shard_name
 from star_dist.train.places import Place
+from star_dist.weights import writing
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 FORMAT = 1
 CHECKSUMS = "crc32"  # in the metadata of a file: tensor name -> of each of its blocks, as JSON
 BLOCK = 4 * 2**20  # float32 values, 16 MiB
-ADVICE = "take another one (checkpoint.resume_step of a training, --step of other commands)"
+ADVICE = f"take another one ({CHOOSING})"
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,9 @@ def write_shard(place: Place, folder: str, rank: int, tensors: dict[str, Tensor]
     Raises:
         OSError: it cannot be written.
     """
-    with place.writing(folder, shard_name(rank)) as path:
-        try:
-            save_file(tensors, path, {CHECKSUMS: json.dumps({name: _checksums(t) for name, t in tensors.items()})})
-        except SafetensorError as error:  # its own name for a full disk
-            raise OSError(str(error)) from None
+    checksums = {name: _checksums(values) for name, values in tensors.items()}
+    with place.writing(folder, shard_name(rank)) as path, writing(path):
+        save_file(tensors, path, {CHECKSUMS: json.dumps(checksums)})
 
 
 def write_index(

@@ -44,6 +44,14 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
 
+def stand_in(folder: Path, name: str, *lines: str) -> str:
+    """A script of bash in place of a program; returns its path."""
+    path = folder / name
+    path.write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
 def why_not() -> str | None:
     """Why no cluster can be started here; None if it can."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -144,17 +144,6 @@ def test_output_to_a_full_disk_is_one_line(unbuffered: str) -> None:
     result = run("bash", "-c", f"{command} > /dev/full")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert re.match(r"error: cannot write( to standard output)?: No space left on device; make room", result.stderr)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 KB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
-        pytest.skip("no disk can be mounted here")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_weights_that_a_full_disk_does_not_take(small_disk: Path, inference_folder: Path) -> None:
@@ -353,8 +342,6 @@ def test_bare_srun_gives_every_task_its_rank(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_nothing_falls_back_to_cpus_where_gpus_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     from star_dist.device import find_device, rank_device
     from star_dist.errors import Unreachable
     from star_dist.process import ProcessInfo, check_gpus_are_there
@@ -382,8 +369,6 @@ def test_nothing_falls_back_to_cpus_where_gpus_were_given(monkeypatch: pytest.Mo
 
 def test_a_rank_without_a_gpu_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where Slurm binds one GPU to each task."""
-    import torch
-
     from star_dist.device import rank_device
     from star_dist.errors import UserError
     from star_dist.process import ProcessInfo

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launcher.slurm_cluster import stand_in
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,14 +24,6 @@ def submit(script: str, *arguments: str, **variables: str) -> subprocess.Complet
 def array(task: int, first: int, last: int, count: int) -> dict[str, str]:
     names = ("ID", "MIN", "MAX", "COUNT")
     return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, (task, first, last, count))}
-
-
-def stand_in(folder: Path, name: str, *lines: str) -> str:
-    """An executable; returns its path."""
-    path = folder / name
-    path.write_text("\n".join(["#!/bin/bash", *lines, ""]))
-    path.chmod(0o755)
-    return str(path)
 
 
 @pytest.mark.parametrize("job", ["tokenize", "caption"])
@@ -61,10 +55,11 @@ def test_merge_verifies_what_it_merged() -> None:
 @pytest.mark.parametrize("job", ["tokenize", "caption"])
 def test_a_task_that_cannot_reach_something_is_requeued_as_often_as_the_site_says(job: str, tmp_path: Path) -> None:
     stand_in(tmp_path, "scontrol", f'echo "$*" >> {tmp_path}/requeued', f"[[ ! -e {tmp_path}/refuses ]]")
+    stand_in(tmp_path, "squeue", "echo RUNNING")
     stand_in(tmp_path, "sleep")
     site = tmp_path / "site.sh"
     site.touch()
-    variables = array(3, 0, 63, 64) | {"SLURM_ARRAY_JOB_ID": "12", "STAR_SITE": str(site)}
+    variables = array(3, 0, 63, 64) | {"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "STAR_SITE": str(site)}
     variables["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
 
     def ends(code: int, restarts: str = "") -> str:

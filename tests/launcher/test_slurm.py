@@ -22,7 +22,7 @@ import torch
 
 from star_dist.config import RunConfig, dump_config
 from star_dist.train.facts import append_event, read_events
-from tests.launcher.slurm_cluster import SlurmCluster, why_not
+from tests.launcher.slurm_cluster import SlurmCluster, stand_in, why_not
 from tests.train.runs import last_step, metrics, train_on, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm")]
@@ -55,13 +55,12 @@ def site_file(folder: Path, *lines: str) -> Path:
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """For trainings; each node has a loader cache and a /dev/shm of its own, as real ones have."""
-    wrapper = tmp_path / "on_node.sh"
-    wrapper.write_text(
-        "#!/bin/bash\n"
+    wrapper = stand_in(
+        tmp_path,
+        "on_node.sh",
         "exec unshare --mount bash -c 'mount -t tmpfs none /dev/shm && exec \"$@\"' node "
-        f'"$@" data.local={tmp_path}/cache_$SLURMD_NODENAME\n'
+        f'"$@" data.local={tmp_path}/cache_$SLURMD_NODENAME',
     )
-    wrapper.chmod(0o755)
     return site_file(tmp_path, "RANKS_PER_NODE=1", f"IN_CONTAINER=({wrapper})", "export GLOO_SOCKET_IFNAME=lo")
 
 
@@ -177,17 +176,16 @@ def test_a_cancelled_job_stays_cancelled_and_a_signalled_one_comes_back(
     """Ranks that save and exit with 75 whenever they are asked to, for which a few lines stand in: what counts here is
     the job around them. Two signals while the nodes are checked, then `scancel` while it trains."""
     config = run_config()
-    ranks = tmp_path / "python.sh"
-    ranks.write_text(
-        "#!/bin/bash\n"
-        f'[[ "$*" == *node.py* ]] || exec {sys.executable} "$@"\n'
-        f'echo "$*" >> {tmp_path}/started\n'
-        f"[[ $* == *preflight.py* && -e {tmp_path}/passes_at_once ]] && exit 0\n"
-        '[[ "$*" == *preflight.py* ]] && code=0 || code=75\n'
-        "trap 'exit $code' USR1 TERM\n"
-        "for _ in {1..600}; do sleep 0.1; done\n"
+    ranks = stand_in(
+        tmp_path,
+        "python.sh",
+        f'[[ "$*" == *node.py* ]] || exec {sys.executable} "$@"',
+        f'echo "$*" >> {tmp_path}/started',
+        f"[[ $* == *preflight.py* && -e {tmp_path}/passes_at_once ]] && exit 0",
+        '[[ "$*" == *preflight.py* ]] && code=0 || code=75',
+        "trap 'exit $code' USR1 TERM",
+        "for _ in {1..600}; do sleep 0.1; done",
     )
-    ranks.chmod(0o755)
     job = submit(cluster, site_file(tmp_path, f"export PYTHON={ranks}", "RANKS_PER_NODE=1"), config)
 
     def started() -> list[str]:
@@ -244,13 +242,12 @@ def test_the_jobs_before_and_after_a_training(
 ) -> None:
     """An array of tokenizations, one of which finds its storage away at first, and what merges them; then evaluate and
     export, and sample from what was exported."""
-    python = tmp_path / "python.sh"
-    python.write_text(
-        "#!/bin/bash\n"
-        f"[[ $* == *'--partition 1/2'* ]] && mkdir {tmp_path}/away 2> /dev/null && exit 69\n"
-        f'exec {sys.executable} "$@"\n'
+    python = stand_in(
+        tmp_path,
+        "python.sh",
+        f"[[ $* == *'--partition 1/2'* ]] && mkdir {tmp_path}/away 2> /dev/null && exit 69",
+        f'exec {sys.executable} "$@"',
     )
-    python.chmod(0o755)
     site = site_file(tmp_path, f"PYTHON={python}")
     environment = cluster.environment | {"STAR_SITE": str(site), "STAR_REPO": str(ROOT)}
 
@@ -296,9 +293,8 @@ def test_nothing_is_left_of_a_task_of_data_preparation_that_is_ended(
     cluster: SlurmCluster, run_config: Callable[..., RunConfig], tmp_path: Path, options: list[str]
 ) -> None:
     """Its script passes no signal on to the command."""
-    python, started = tmp_path / "python.sh", tmp_path / "started"
-    python.write_text(f"#!/bin/bash\necho $$ > {started}.new && mv {started}.new {started}\nexec sleep 600\n")
-    python.chmod(0o755)
+    started = tmp_path / "started"
+    python = stand_in(tmp_path, "python.sh", f"echo $$ > {started}.new && mv {started}.new {started}", "exec sleep 600")
     environment = cluster.environment | {"STAR_SITE": str(site_file(tmp_path, f"PYTHON={python}"))}
     command = ["sbatch", "--parsable", "--array=0-0", f"--output={tmp_path}/log", "launcher/slurm/tokenize.sbatch", "c"]
     job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout.strip()
@@ -306,4 +302,5 @@ def test_nothing_is_left_of_a_task_of_data_preparation_that_is_ended(
     process = psutil.Process(int(started.read_text()))
     cluster.run("scancel", *options, job)
     process.wait(30)
+    assert not process.is_running()
     wait_until(lambda: cluster.job(job)["JobState"] in ("CANCELLED", "FAILED"), "ended", run_config())

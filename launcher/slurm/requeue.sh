@@ -1,0 +1,32 @@
+# How a job, or a task of an array, comes back by itself. Sourced; sets:
+#   requeue_and_exit CODE   ends it, or lets Slurm start it again
+
+# The controller may be busy or restarting: a command is tried for five minutes.
+patiently() {
+    local tries=0
+    until "$@"; do
+        if ((++tries == 20)); then
+            return 1
+        fi
+        sleep 15
+    done
+}
+
+# A job that `scancel` is ending, or that Slurm itself requeues, is no longer RUNNING: it would accept a requeue all the
+# same, and a cancelled job would come back.
+requeue_and_exit() {
+    local state what=job job=$SLURM_JOB_ID
+    if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # the number of one task's job stands for the whole array
+        what=task job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    fi
+    if ! state=$(patiently squeue --noheader --jobs="$job" --format=%T); then
+        echo "error: Slurm does not say whether this $what is still wanted: not requeued; submit it again" >&2
+    elif [[ $state != RUNNING ]]; then
+        echo "Slurm is ending this $what itself: not requeued" >&2
+    elif patiently scontrol requeue "$job"; then
+        sleep 60 # Slurm ends the script on its way
+    else
+        echo "error: Slurm does not requeue this $what; submit it again" >&2
+    fi
+    exit "$1"
+}
