@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
 from data_prep.captioner import Captioner
-from data_prep.job import JOB_FILE, JOB_HASH_DIGITS, check_same_job, identity, source_hash
+from data_prep.job import JOB_FILE, JOB_HASH_DIGITS, check_same_job, identity, source_hash, stored_config
 from data_prep.partition import Partition
 from data_prep.preparation import Rejected, check_picture, read_item
 from data_prep.recaptions import caption_line
@@ -80,16 +81,23 @@ def _join_job(store: ObjectStore, config: CaptionConfig, partition: Partition, s
     Raises:
         UserError: the output belongs to another job; names the first difference.
     """
-    job = {name: value for name, value in identity(config).items() if name != "batch"}
-    job |= {"partitions": partition.count, "units": len(source.units), "source_hash": source_hash(source)}
+    facts = {"partitions": partition.count, "units": len(source.units), "source_hash": source_hash(source)}
     if not store.exists(JOB_FILE):
-        store.write(JOB_FILE, (json.dumps(job, indent=2) + "\n").encode())
+        store.write(JOB_FILE, (json.dumps(_identity(config) | facts, indent=2) + "\n").encode())
     try:
         stored = json.loads(store.read(JOB_FILE))
-    except ValueError as error:
-        raise UserError(f"{store.url}/{JOB_FILE} is damaged: {error}") from None
-    check_same_job(store, stored, job)
-    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:JOB_HASH_DIGITS]
+        options = {name: value for name, value in stored.items() if name not in facts}
+        stored_facts = {name: stored[name] for name in facts}
+    except (ValueError, LookupError, AttributeError):
+        raise UserError(f"{store.url}/{JOB_FILE} is not of a captioning job; change output, or remove it") from None
+    before = _identity(stored_config(CaptionConfig, options, store.url))
+    check_same_job(store, before | stored_facts, _identity(config) | facts)
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:JOB_HASH_DIGITS]
+
+
+def _identity(config: CaptionConfig) -> dict[str, Any]:
+    """Unlike tokens, captions do not go into anything that would have to be the same bit for bit: batch may change."""
+    return {name: value for name, value in identity(config).items() if name != "batch"}
 
 
 class _Progress:

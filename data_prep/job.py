@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from data_prep.partition import Partition
 from data_prep.sources import SourceBase
-from star_dist.config import CaptionConfig, PrepConfig, Section, TextSection
+from star_dist.config import CaptionConfig, ConfigError, PrepConfig, Section, TextSection, parse_config
 from star_dist.data.schema import JOB_FILE, METADATA_FILE, PARTS_FOLDER, SCHEMA_VERSION, token_dtype
 from star_dist.errors import UserError
 from star_dist.object_store import FolderStore, ObjectStore, open_store
@@ -29,6 +29,9 @@ from star_dist.tokenizer.config import VQVAEConfig
 REJECTS_FILE = "rejects.jsonl"
 JOB_HASH_DIGITS = 16
 WITHOUT_INFLUENCE = {"output", "work", "storage"}  # settings that leave the result as it is
+
+
+JobConfig = TypeVar("JobConfig", PrepConfig, CaptionConfig)
 
 
 class DatasetFacts(Section):
@@ -107,6 +110,19 @@ def identity(config: PrepConfig | CaptionConfig) -> dict[str, Any]:
     values = json.loads(config.model_dump_json(exclude=WITHOUT_INFLUENCE))
     values["source"].pop("damaged_units", None)  # a unit that one value leaves out keeps the other from ending
     return values
+
+
+def stored_config(kind: type[JobConfig], values: dict[str, Any], output: str) -> JobConfig:
+    """The config of the job at an output, maybe begun by older code: options that it lacks have their defaults, which
+    do as the code before them did.
+
+    Raises:
+        UserError: it is no such job's, or has an option that this code does not know.
+    """
+    try:
+        return parse_config(kind, values | {"output": output}, source=f"{output}/{JOB_FILE}")
+    except ConfigError as error:
+        raise UserError(f"{output} is of another job, or of other code: {error}; change output") from None
 
 
 def describe_job(
@@ -194,14 +210,14 @@ def join_job(store: ObjectStore, job: JobDescription) -> JobDescription:
             raise UserError(f"output {store.url} exists and is no data set; choose another output")
         write_section(store, JOB_FILE, job)
         stored = read_job(store)  # another partition may have begun another job at the same time
-    check_same_job(store, _flat(stored), _flat(job))
+    check_same_job(store, _flat(stored, store.url), _flat(job, store.url))
     return stored
 
 
-def _flat(job: JobDescription) -> dict[str, Any]:
+def _flat(job: JobDescription, output: str) -> dict[str, Any]:
     """Options as the user names them, then what follows from tokenizer, source and command."""
-    facts = json.loads(job.model_dump_json())
-    return facts.pop("config") | facts
+    facts = json.loads(job.model_dump_json(exclude={"config"}))
+    return identity(stored_config(PrepConfig, job.config, output)) | facts
 
 
 def _read(store: ObjectStore, name: str, kind: type[Section]) -> Any:

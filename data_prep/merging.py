@@ -23,9 +23,10 @@ from data_prep.job import (
     read_job,
     read_manifest,
     splits_of,
+    stored_config,
 )
 from data_prep.partition import Partition
-from star_dist.config import PrepConfig, ResolutionSection, StorageSection, parse_config
+from star_dist.config import PrepConfig, ResolutionSection, StorageSection
 from star_dist.data.schema import EMPTY_CAPTION_FILE, METADATA_FILE, DatasetMetadata, content_hash, parse_metadata
 from star_dist.errors import UserError
 from star_dist.object_store import ObjectStore, open_store
@@ -50,8 +51,7 @@ def merge(output: str, storage: StorageSection | None = None) -> dict[int, Datas
     job = read_job(store)
     if job is None:
         raise UserError(f"no tokenization job at {output}: it has no {JOB_FILE} (data_prep.tokenize writes it)")
-    values = job.config | {"output": output}
-    config = parse_config(PrepConfig, values, source=f"{output}/{JOB_FILE}")
+    config = stored_config(PrepConfig, job.config, store.url)
     manifests = _complete_partitions(store, job)
     _check_files(store, manifests)
     sides = [section.resolution for section in config.all_resolutions]

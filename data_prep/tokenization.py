@@ -29,6 +29,7 @@ from data_prep.job import (
     output_store,
     read_job,
     read_manifest,
+    stored_config,
 )
 from data_prep.journal import Chunk, Journal
 from data_prep.merging import merge
@@ -79,7 +80,8 @@ def tokenize_partition(
     hash_of_tokenizer = tokenizer_hash(tokenizer)
     stored = read_job(store)
     if stored is not None:
-        before = stored.config | {"tokenizer_hash": stored.dataset.tokenizer_hash, "partitions": stored.partitions}
+        before = identity(stored_config(PrepConfig, stored.config, store.url))
+        before |= {"tokenizer_hash": stored.dataset.tokenizer_hash, "partitions": stored.partitions}
         now = identity(config) | {"tokenizer_hash": hash_of_tokenizer, "partitions": partition.count}
         check_same_job(store, before, now)
         if is_merged(store, config):  # needs neither source nor device

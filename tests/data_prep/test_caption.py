@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from data_prep import captioning
 from data_prep.captioner import Captioner
 from data_prep.captioning import caption
+from data_prep.job import identity
 from data_prep.partition import Partition
 from data_prep.sources import open_source
 from data_prep.tokenization import tokenize
@@ -123,6 +125,34 @@ def test_a_job_that_ends_in_the_middle_goes_on_where_it_was(
     assert "37/37 [" in capsys.readouterr().err
     new, clean = (tmp_path / name / "00000-of-00001.jsonl" for name in ("new", "clean"))
     assert new.read_bytes() == clean.read_bytes()
+
+
+def test_a_job_that_older_code_began_goes_on_with_its_unfinished_work(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = ["die", "say"]
+
+    def dies(_: Captioner, pictures: list[Image.Image]) -> list[str]:
+        if calls.pop() == "die":
+            raise KeyboardInterrupt
+        return ["a picture"] * len(pictures)
+
+    def of_older_code(config: CaptionConfig) -> dict[str, Any]:
+        return {name: value for name, value in identity(config).items() if name != "side"}
+
+    monkeypatch.setattr(Captioner, "__call__", dies)
+    with monkeypatch.context() as older, pytest.raises(KeyboardInterrupt):
+        older.setattr(captioning, "identity", of_older_code)
+        caption(make_config(values), Partition(1, 2))
+    description = tmp_path / "new" / "job.json"
+    assert "side" not in json.loads(description.read_text())
+    calls = ["say"] * 10
+    assert caption(make_config(values), Partition(1, 2)) == {"captioned": 30 - 8, "rejected": 0}
+    with pytest.raises(UserError, match="made with side = 1024, this job has 512"):
+        caption(make_config(values, side=512), Partition(1, 2))
+    description.write_text("[]")
+    with pytest.raises(UserError, match=r"job\.json is not of a captioning job; change output, or remove it"):
+        caption(make_config(values), Partition(1, 2))
 
 
 def test_jobs_that_share_a_working_folder_go_on_with_their_own_lines(
