@@ -75,9 +75,7 @@ def checkpoint_weights(checkpoint: Checkpoint, config: RunConfig) -> dict[str, T
     """All weights of a checkpoint in fp32, by name, whatever its ZeRO stage and number of ranks."""
     with torch.device("meta"):
         model = STAR(config.star_config(), config.model.attention)
-    with ShardReader(checkpoint) as reader:
-        weights = dict(reader.weights())
-    return check_weights(weights, model, checkpoint.path)
+    return check_weights(ShardReader(checkpoint).weights(), model, checkpoint.path)
 
 
 def run_facts(run: Path, config: RunConfig, step: int, licence: str | None) -> ModelFacts:

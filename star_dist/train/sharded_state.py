@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -87,6 +87,13 @@ class ShardedState:
             if start < stop:
                 yield Piece(piece.name, start, stop), master, start
 
+    def _parts(self, pieces: Iterable[tuple[Piece, Tensor, int]]) -> Iterator[tuple[str, Piece, Tensor]]:
+        """Weight and moments of pieces: kind, piece, and the flat range of the optimizer's own tensor."""
+        for piece, master, offset in pieces:
+            for kind in KINDS:
+                whole = master if kind == "weight" else self._adam.state[master][kind]
+                yield kind, piece, whole.detach().view(-1).narrow(0, offset, piece.stop - piece.start)
+
     def _masters(self) -> list[Tensor]:
         """The fp32 tensors of the optimizer, each with one Adam state."""
         optimizer = self._engine.optimizer
@@ -123,12 +130,8 @@ class ShardedState:
     def snapshot(self) -> tuple[dict[str, Tensor], Scalars]:
         """A copy, on the CPU, of this rank's part of the training state, for `shards.write_shard`."""
         states = self._adam.state
-        tensors = {}
-        for piece, master, offset in self._written():
-            for kind in KINDS:
-                source = master if kind == "weight" else states[master][kind]
-                part = source.detach().view(-1).narrow(0, offset, piece.stop - piece.start)
-                tensors[f"{kind}/{piece.name}"] = part.to("cpu", copy=True)
+        parts = self._parts(self._written())
+        tensors = {f"{kind}/{piece.name}": part.to("cpu", copy=True) for kind, piece, part in parts}
         steps = {int(states[master]["step"]) for master in self._masters() if master.numel()}
         assert len(steps) <= 1, f"parts of the optimizer have counted different numbers of updates: {steps}"
         groups, group_of = self._groups()
@@ -150,20 +153,16 @@ class ShardedState:
             UserError: a file that cannot be read, other parameters, or other settings of a parameter group.
         """
         states = self._adam.state
-        with ShardReader(checkpoint) as reader:
-            reader.check_parameters(self.shapes)
-            self._check_groups(checkpoint, reader.scalars)
-            for master in self._masters():
-                moments = {kind: states[master].get(kind, torch.zeros_like(master)) for kind in KINDS[1:]}
-                updates = torch.tensor(float(reader.scalars.optimizer_steps), device=master.device)
-                states[master] = {"step": updates, **moments}
-            for piece, master, offset in self._held():
-                for kind in KINDS:
-                    target = master.detach() if kind == "weight" else states[master][kind]
-                    part = target.view(-1).narrow(0, offset, piece.stop - piece.start)
-                    part.copy_(reader.read(kind, piece))
-            self._engine.global_steps = reader.scalars.global_steps
-            self._engine.skipped_steps = reader.scalars.skipped_steps
+        reader = ShardReader(checkpoint)
+        reader.check_parameters(self.shapes)
+        self._check_groups(checkpoint, reader.scalars)
+        for master in self._masters():
+            moments = {kind: states[master].get(kind, torch.zeros_like(master)) for kind in KINDS[1:]}
+            updates = torch.tensor(float(reader.scalars.optimizer_steps), device=master.device)
+            states[master] = {"step": updates, **moments}
+        reader.read_into(self._parts(self._held()))
+        self._engine.global_steps = reader.scalars.global_steps
+        self._engine.skipped_steps = reader.scalars.skipped_steps
         self._masters_to_weights()
 
     @torch.no_grad()

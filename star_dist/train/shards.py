@@ -9,14 +9,12 @@ CRC-32 of every block of a range, so that whoever reads a part of it can tell wh
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,7 +88,7 @@ def write_index(
 
 
 class ShardReader:
-    """Reads slices of a checkpoint's parameters; a context manager that keeps its files open.
+    """Reads slices of a checkpoint's parameters.
 
     Raises:
         UserError: the checkpoint is of another format, or a file cannot be read.
@@ -98,8 +96,6 @@ class ShardReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._files = contextlib.ExitStack()
-        self._open = functools.cache(self._open_shard)
         with self._explained():
             with checkpoint.place.reading(checkpoint.folder, INDEX) as path:
                 index = json.loads(path.read_text())
@@ -107,13 +103,6 @@ class ShardReader:
                 raise UserError(f"checkpoint {checkpoint.path} has format {index['format']}, this code reads {FORMAT}")
             self.scalars = Scalars(**index["scalars"])
             self.parameters: dict[str, Any] = index["parameters"]
-
-    def __enter__(self) -> ShardReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.cache_clear()
-        self._files.close()
 
     def check_parameters(self, shapes: dict[str, list[int]]) -> None:
         """Compares the checkpoint's parameters with a model's.
@@ -129,51 +118,53 @@ class ShardReader:
                 f"{found.get(names[0])} there and {shapes.get(names[0])} here ({len(names)} differ)"
             )
 
-    def read(self, kind: str, piece: Piece) -> Tensor:
-        """A range of a parameter; (stop - start,) float32, whichever files hold it."""
-        result = torch.empty(piece.stop - piece.start)
-        covered = 0
-        for rank, start, stop in self.parameters[piece.name]["pieces"]:
-            first, last = max(start, piece.start), min(stop, piece.stop)
-            if first >= last:
-                continue
-            with self._explained():
-                part = self._read_checked(rank, f"{kind}/{piece.name}", first - start, last - start)
-            result[first - piece.start : last - piece.start] = part
-            covered += last - first
-        if covered != len(result):
-            raise UserError(
-                f"checkpoint {self.checkpoint.path} is damaged: its index has {covered} of the {len(result)} values "
-                f"{piece.start}..{piece.stop} of {piece.name}"
-            )
-        return result
+    def read_into(self, targets: Iterable[tuple[str, Piece, Tensor]]) -> None:
+        """Fills tensors, (stop - start,) each, of any device and precision, with ranges of parameters by kind.
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights, whole, float32, one after another."""
-        for name, entry in self.parameters.items():
-            yield name, self.read("weight", Piece(name, 0, math.prod(entry["shape"]))).view(entry["shape"])
+        One file after another, so that those of a checkpoint on S3 are on the local disk one at a time.
+        """
+        slices: dict[int, list[tuple[str, int, int, Tensor]]] = {}
+        for kind, piece, target in targets:
+            covered = 0
+            for rank, start, stop in self.parameters[piece.name]["pieces"]:
+                first, last = max(start, piece.start), min(stop, piece.stop)
+                if first < last:
+                    part = target[first - piece.start : last - piece.start]
+                    slices.setdefault(rank, []).append((f"{kind}/{piece.name}", first - start, last - start, part))
+                    covered += last - first
+            if covered != piece.stop - piece.start:
+                raise UserError(
+                    f"checkpoint {self.checkpoint.path} is damaged: its index has {covered} of the "
+                    f"{piece.stop - piece.start} values {piece.start}..{piece.stop} of {piece.name}"
+                )
+        place, folder = self.checkpoint.place, self.checkpoint.folder
+        for rank, parts in slices.items():
+            name = shard_name(rank)
+            with self._explained(), place.reading(folder, name) as path, safe_open(path, framework="pt") as file:
+                checksums = json.loads((file.metadata() or {}).get(CHECKSUMS, "{}"))  # none before 2026-11-28
+                for tensor, start, stop, part in parts:
+                    part.copy_(self._read_checked(file, name, tensor, start, stop, checksums.get(tensor)))
 
-    def _read_checked(self, rank: int, tensor: str, start: int, stop: int) -> Tensor:
+    def weights(self) -> dict[str, Tensor]:
+        """All weights, whole, float32, by name."""
+        weights = {name: torch.empty(entry["shape"]) for name, entry in self.parameters.items()}
+        self.read_into(("weight", Piece(name, 0, whole.numel()), whole.view(-1)) for name, whole in weights.items())
+        return weights
+
+    def _read_checked(
+        self, file: Any, file_name: str, tensor: str, start: int, stop: int, checksums: list[int] | None
+    ) -> Tensor:
         """The range start..stop of a file's tensor; reads the whole of all blocks that it touches."""
-        file, checksums = self._open(rank)
         stored = file.get_slice(tensor)
         first, last = start // BLOCK, math.ceil(stop / BLOCK)
         begin = first * BLOCK
         values = stored[begin : min(last * BLOCK, *stored.get_shape())]
-        if checksums is not None and _checksums(values) != checksums[tensor][first:last]:
+        if checksums is not None and _checksums(values) != checksums[first:last]:
             raise UserError(
-                f"checkpoint {self.checkpoint.path} is damaged: {tensor} in {shard_name(rank)} is not what was written "
+                f"checkpoint {self.checkpoint.path} is damaged: {tensor} in {file_name} is not what was written "
                 f"there (CRC-32); {ADVICE}"
             )
         return values[start - begin : stop - begin]
-
-    def _open_shard(self, rank: int) -> tuple[Any, dict[str, list[int]] | None]:
-        """A file, and the checksums of its tensors' blocks; None where it was written before there were any."""
-        reading = self.checkpoint.place.reading(self.checkpoint.folder, shard_name(rank))
-        path: Path = self._files.enter_context(reading)
-        file = self._files.enter_context(safe_open(path, framework="pt"))
-        metadata = file.metadata() or {}  # none before 2026-11-28
-        return file, json.loads(metadata[CHECKSUMS]) if CHECKSUMS in metadata else None
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from star_dist.config import CheckpointSection, RunConfig
 from star_dist.errors import UserError
 from star_dist.object_store import open_store
+from star_dist.train import shards
 from star_dist.train.checkpoint import INDEX, CheckpointFolder, RunInputs, check_same_run, shard_name
 from star_dist.train.facts import read_events
 from star_dist.train.places import S3Place
@@ -117,6 +121,13 @@ def test_a_damaged_checkpoint_is_refused_or_by_option_passed_over(run_config: Ma
         assert names[0].startswith("abandoned_step_00000006") and names[1:] == ["step_00000003", "step_00000006"]
 
 
+def read(reader: ShardReader, kind: str, start: int, stop: int) -> Tensor:
+    """A range of the parameter `bias`."""
+    values = torch.full((stop - start,), torch.nan)
+    reader.read_into([(kind, Piece("bias", start, stop), values)])
+    return values
+
+
 def test_a_shard_of_other_bytes_is_refused(run_config: MakeConfig) -> None:
     """Right size, wrong content: not a traceback either."""
     config = run_config(train={"steps": 3})
@@ -141,8 +152,8 @@ def test_bytes_that_a_disk_has_changed_are_found(
     folder.complete(3, 1, RunInputs("hash", ("data",)), (), run_config())
     checkpoint = folder.find(3)
     ranges = [(start, stop) for start in range(30) for stop in range(start + 1, 31)]
-    with ShardReader(checkpoint) as reader:
-        assert all(torch.equal(reader.read("weight", Piece("bias", *r)), values[r[0] : r[1]]) for r in ranges)
+    reader = ShardReader(checkpoint)
+    assert all(torch.equal(read(reader, "weight", *r), values[r[0] : r[1]]) for r in ranges)
     shard = Path(checkpoint.path) / "shard_00000.safetensors"
     whole, changed = shard.read_bytes(), values.clone()
     changed[17] += 1e-3
@@ -150,17 +161,15 @@ def test_bytes_that_a_disk_has_changed_are_found(
         changed[16:24] *= not zeros  # as a page that was never written
         assert whole.count(values.numpy().tobytes()) == 1
         shard.write_bytes(whole.replace(values.numpy().tobytes(), changed.numpy().tobytes()))
-        with ShardReader(checkpoint) as reader:
-            assert torch.equal(reader.read("exp_avg", Piece("bias", 0, 30)), -values)
-            for start, stop in ranges:
-                if stop <= 16 or start >= 24:
-                    assert torch.equal(reader.read("weight", Piece("bias", start, stop)), values[start:stop])
-                    continue
-                with pytest.raises(UserError, match=r"is damaged: weight/bias in shard_00000\.safetensors is not what"):
-                    reader.read("weight", Piece("bias", start, stop))
+        assert torch.equal(read(reader, "exp_avg", 0, 30), -values)
+        for start, stop in ranges:
+            if stop <= 16 or start >= 24:
+                assert torch.equal(read(reader, "weight", start, stop), values[start:stop])
+                continue
+            with pytest.raises(UserError, match=r"is damaged: weight/bias in shard_00000\.safetensors is not what"):
+                read(reader, "weight", start, stop)
     save_file({"weight/bias": changed, "exp_avg/bias": values}, shard)
-    with ShardReader(checkpoint) as reader:
-        assert torch.equal(reader.read("weight", Piece("bias", 0, 30)), changed)
+    assert torch.equal(read(reader, "weight", 0, 30), changed)
 
 
 def test_other_settings_of_the_optimizer_are_refused(run_config: MakeConfig) -> None:
@@ -204,10 +213,10 @@ def test_an_index_that_lacks_values_is_refused(run_config: MakeConfig, tmp_path:
     write_shard(folder.place, folder.name(3), 0, {"weight/bias": torch.arange(32.0)})
     write_index(folder.place, folder.name(3), {"bias": [32]}, [[Piece("bias", 0, 31)]], scalars)
     folder.complete(3, 1, RunInputs("hash", ("data",)), (), run_config())
-    with ShardReader(folder.find(3)) as reader:
-        assert torch.equal(reader.read("weight", Piece("bias", 2, 31)), torch.arange(2.0, 31))
-        with pytest.raises(UserError, match=r"is damaged: its index has 31 of the 32 values 0\.\.32 of bias"):
-            list(reader.weights())
+    reader = ShardReader(folder.find(3))
+    assert torch.equal(read(reader, "weight", 2, 31), torch.arange(2.0, 31))
+    with pytest.raises(UserError, match=r"is damaged: its index has 31 of the 32 values 0\.\.32 of bias"):
+        reader.weights()
 
 
 def test_permanent_and_rolling_checkpoints(run_config: MakeConfig) -> None:
@@ -244,6 +253,35 @@ def test_checkpoints_on_s3(run_config: MakeConfig, tmp_path: Path, s3: S3Bucket)
         S3Place("s3://absent-bucket/x").check_writing()
     S3Place(remote).rename("step_00000009", "abandoned")
     assert folder.complete_steps() == [] and "complete.json" in S3Place(remote).files("abandoned")
+
+
+def test_shards_on_s3_pass_through_the_temporary_folder_one_at_a_time(
+    run_config: MakeConfig, s3: S3Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that needs all of a large run's shards must find room for one."""
+    folder = CheckpointFolder(tmp_path, CheckpointSection(remote=f"{s3.url}/shards"))
+    folder.begin(3, 0)
+    for rank in range(3):
+        values = torch.arange(10.0) + 10 * rank
+        write_shard(folder.place, folder.name(3), rank, {"weight/bias": values, "exp_avg/bias": -values})
+    pieces = [[Piece("bias", 10 * rank, 10 * rank + 10)] for rank in range(3)]
+    write_index(folder.place, folder.name(3), {"bias": [2, 15]}, pieces, Scalars(3, 3, 0, groups={}, group_of={}))
+    folder.complete(3, 3, RunInputs("hash", ("data",)), (), run_config())
+    local = tmp_path / "temporary"
+    local.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(local))
+    reader = ShardReader(folder.find(3))
+    held: list[int] = []
+    open_shard = shards.safe_open
+
+    def look(path: Path, framework: str) -> Any:
+        held.append(len(list(local.rglob("*.safetensors"))))
+        return open_shard(path, framework)
+
+    monkeypatch.setattr(shards, "safe_open", look)
+    assert torch.equal(reader.weights()["bias"], torch.arange(30.0).view(2, 15))
+    assert torch.equal(read(reader, "exp_avg", 8, 21), -torch.arange(8.0, 21))
+    assert held == [1] * 6 and not list(local.iterdir())
 
 
 def test_s3_out_of_reach_does_not_end_the_training(run_config: MakeConfig, s3: S3Bucket) -> None:
