@@ -25,17 +25,8 @@ OVERRIDES=("${@:2}")
 PARTITION=$SLURM_ARRAY_TASK_ID/$PARTITIONS
 WORKERS=(${SLURM_CPUS_PER_TASK:+--workers "$SLURM_CPUS_PER_TASK"})
 
-# Runs a command of data preparation on the task's share and ends with its exit code. What it could not reach (69 of
-# star_dist/cli.py) may be there later: the task is requeued then, in all at most MAX_FAILURES times.
-# Signals are not passed on: one that ends this shell ends the task, and Slurm then kills what is left of it. The
-# command has nothing to do before it ends; it loses a chunk at most, however it is killed.
+# Runs a command of data preparation on the task's share; it loses a chunk at most, however it is killed.
 start_on_partition() {
-    local code=0 restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_FAILURES:-3}
-    ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "${PYTHON:-python}" -m "$1" --config "$CONFIG" \
-        --partition "$PARTITION" ${WORKERS[@]+"${WORKERS[@]}"} ${OVERRIDES[@]+"${OVERRIDES[@]}"} || code=$?
-    if [[ $code == 69 && $restarts -lt $most ]]; then
-        echo "$(date -Is) exit code 69: requeueing this task (restart $((restarts + 1)) of at most $most)" >&2
-        requeue_and_exit "$code"
-    fi
-    exit "$code"
+    requeue_if_out_of_reach ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "${PYTHON:-python}" -m "$1" --config "$CONFIG" \
+        --partition "$PARTITION" ${WORKERS[@]+"${WORKERS[@]}"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 }

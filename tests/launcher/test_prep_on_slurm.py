@@ -52,18 +52,24 @@ def test_merge_verifies_what_it_merged() -> None:
     assert submit("merge.sbatch").returncode == 2
 
 
-@pytest.mark.parametrize("job", ["tokenize", "caption"])
-def test_a_task_that_cannot_reach_something_is_requeued_as_often_as_the_site_says(job: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("job", "kind", "number"), [("tokenize", "task", "12_3"), ("caption", "task", "12_3"), ("merge", "job", "15")]
+)
+def test_what_cannot_reach_something_is_requeued_as_often_as_the_site_says(
+    job: str, kind: str, number: str, tmp_path: Path
+) -> None:
     stand_in(tmp_path, "scontrol", f'echo "$*" >> {tmp_path}/requeued', f"[[ ! -e {tmp_path}/refuses ]]")
     stand_in(tmp_path, "squeue", "echo RUNNING")
     stand_in(tmp_path, "sleep")
     site = tmp_path / "site.sh"
     site.touch()
-    variables = array(3, 0, 63, 64) | {"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "STAR_SITE": str(site)}
+    variables = {"SLURM_JOB_ID": "15", "STAR_SITE": str(site)}
+    if kind == "task":
+        variables |= array(3, 0, 63, 64) | {"SLURM_ARRAY_JOB_ID": "12"}
     variables["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
 
     def ends(code: int, restarts: str = "") -> str:
-        """What a task says that ends with a code after that many restarts."""
+        """What a job says that ends with a code after that many restarts."""
         python = stand_in(tmp_path, "python.sh", f"exit {code}")
         counted = {"SLURM_RESTART_COUNT": restarts} if restarts else {}  # the first start has no such variable
         done = submit(f"{job}.sbatch", "c.json", **variables | counted | {"PYTHON": python})
@@ -76,13 +82,13 @@ def test_a_task_that_cannot_reach_something_is_requeued_as_often_as_the_site_say
 
     for code, restarts in ((0, ""), (1, ""), (2, ""), (143, ""), (69, "3")):
         assert not ends(code, restarts) and not requeued()
-    assert "exit code 69: requeueing this task (restart 1 of at most 3)" in ends(69)
+    assert "exit code 69: requeueing (restart 1 of at most 3)" in ends(69)
     assert "(restart 3 of at most 3)" in ends(69, "2")
-    assert requeued() == ["requeue 12_3"] * 2
+    assert requeued() == [f"requeue {number}"] * 2
     site.write_text("MAX_FAILURES=1\n")
     assert not ends(69, "1") and len(requeued()) == 2
     (tmp_path / "refuses").touch()
-    assert "error: Slurm does not requeue this task; submit it again" in ends(69)
+    assert f"error: Slurm does not requeue this {kind}; submit it again" in ends(69)
 
 
 @pytest.mark.parametrize("job", ["tokenize", "caption", "merge", "train", "evaluate", "export", "sample"])

@@ -282,7 +282,7 @@ def test_the_jobs_before_and_after_a_training(
     for job in jobs:
         wait_until(lambda: completed(job), "completed", config)  # noqa: B023
     assert (data / "dataset.json").is_file()
-    assert logs().count("exit code 69: requeueing this task") == 1
+    assert logs().count("exit code 69: requeueing") == 1
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["validation/loss/total"] == pytest.approx(reported["validation/loss/total"], rel=1e-5)
     assert (tmp_path / "heart.png").read_bytes().startswith(b"\x89PNG")
