@@ -48,5 +48,5 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-30}
 # storage.
 MAX_FAILURES=${MAX_FAILURES:-3}
 
-# Check the nodes (launcher/preflight.py) before each first start of a training: yes or no.
+# Check the nodes (launcher/preflight.py) before the first start of a training and after every failure: yes or no.
 PREFLIGHT=${PREFLIGHT:-yes}
