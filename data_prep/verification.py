@@ -26,10 +26,10 @@ from streaming.base.hashing import get_hash
 from tqdm import tqdm
 
 from data_prep.assembly import split_of
-from data_prep.job import REJECTS_FILE, JobDescription, manifest_name, read_job, read_manifest
+from data_prep.job import REJECTS_FILE, JobDescription, manifest_name, read_job, read_manifest, stored_config
 from data_prep.merging import INDEX_FILE, read_remote_metadata
 from data_prep.partition import Partition
-from star_dist.config import PrepConfig, StorageSection, parse_config
+from star_dist.config import PrepConfig, StorageSection
 from star_dist.data.schema import (
     EMPTY_CAPTION_FILE,
     FEATURE_DTYPE,
@@ -109,13 +109,13 @@ def verify(output: str, storage: StorageSection | None = None, workers: int = 1)
     job = read_job(store)
     if job is None:
         raise UserError(f"no data set of a tokenization job at {output}; give the job's output, not one of its folders")
-    config = parse_config(PrepConfig, job.config | {"output": output}, source=f"{output}/job.json")
+    config = stored_config(PrepConfig, job.config, store.url)
     reports = []
     rejects_problem = _rejects_problem(store, job)
     for section in config.all_resolutions:
         folder = config.folder_of(section.resolution)
         metadata = read_remote_metadata(store, folder)
-        report = _verify_dataset(store, folder, metadata, job, workers)
+        report = _verify_dataset(store, folder, metadata, config.validation_fraction, workers)
         if rejects_problem is not None:  # one file for all resolutions
             report.problems.append(rejects_problem)
         reports.append(report)
@@ -123,7 +123,7 @@ def verify(output: str, storage: StorageSection | None = None, workers: int = 1)
 
 
 def _verify_dataset(
-    store: ObjectStore, folder: str, metadata: DatasetMetadata, job: JobDescription, workers: int
+    store: ObjectStore, folder: str, metadata: DatasetMetadata, validation_fraction: float, workers: int
 ) -> DatasetReport:
     report = DatasetReport(f"{store.url}/{folder}".rstrip("/"), metadata.resolution)
     indices: dict[str, bytes] = {}
@@ -144,8 +144,7 @@ def _verify_dataset(
             report.problems.append(f"{split}/{INDEX_FILE} is damaged")
             continue
         report.splits[split] = total = SplitReport(shards=len(shards))
-        fraction = float(job.config["validation_fraction"])
-        read = partial(_read_shard, store, f"{folder}{split}", split, metadata, fraction)
+        read = partial(_read_shard, store, f"{folder}{split}", split, metadata, validation_fraction)
         captions: Counter[str] = Counter()
         bar = tqdm(total=sum(shard["samples"] for shard in shards), unit="sample", desc=f"verify {folder}{split}")
         with bar:

@@ -98,6 +98,13 @@ def test_overrides_are_json_or_text() -> None:
             r"train\.compile is blocks, but at train\.zero_stage 3 .*set train\.zero_stage to 2 or less",
         ),
         ("train.compile=true", r"train\.compile: .*'none', 'functions' or 'blocks'.*got true"),
+        ("run_dir=s3://bucket/run", r"run_dir: must be a folder of a file system, got \"s3://bucket/run\""),
+        ("run_dir=", r"run_dir: .*at least 1 character.*got \"\""),
+        ("data.local=s3://bucket/set", r"data\.local: must be a folder of a file system, got"),
+        ("optimizer.learning_rate=Infinity", r"optimizer\.learning_rate: .*finite number.*got Infinity"),
+        ("samples.seed=100000000000000000000", r"samples\.seed: .*got 1000"),
+        ("data.cache_limit=abc", r"data\.cache_limit: must be a size such as 500gb, got \"abc\""),
+        ("data.cache_limit=-5gb", r"data\.cache_limit: must be a size such as 500gb, got \"-5gb\""),
         ("train.steps.more=1", r"train\.steps is a value, not a section"),
         ("nonsense", r"not of the form section\.key=value"),
         (
@@ -109,6 +116,34 @@ def test_overrides_are_json_or_text() -> None:
 def test_mistakes_are_named_with_their_values(override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_config(RunConfig, CONFIGS / "d16.json", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("work=s3://bucket/work", r"work: must be a folder of a file system, got"),
+        ("output=", r"output: .*at least 1 character"),
+        ('min_scores={"aesthetic":NaN}', r"min_scores\.aesthetic: .*finite number.*got NaN"),
+    ],
+)
+def test_mistakes_in_jobs_are_named_too(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(PrepConfig, CONFIGS / "prep" / "folder_256.json", [override])
+
+
+@pytest.mark.parametrize("limit", ["500gb", "1.5TB", "10 gb", "4096", "4096b"])
+def test_sizes_of_caches_are_those_that_streaming_reads(limit: str) -> None:
+    from streaming.base.util import bytes_to_int
+
+    config = load_config(RunConfig, CONFIGS / "d16.json", [f'data.cache_limit="{limit}"'])
+    assert bytes_to_int(config.data.cache_limit) > 0
+
+
+def test_an_option_without_effect_needs_no_fitting_value() -> None:
+    two_scales = ["scales=[1,16]"]
+    assert load_config(RunConfig, CONFIGS / "d16.json", two_scales).train.token_drop_scales == 2
+    with pytest.raises(ConfigError, match=r"token_drop_scales 2 is not less than the 2 scales"):
+        load_config(RunConfig, CONFIGS / "d16.json", [*two_scales, "train.token_keep=0.5"])
 
 
 @pytest.mark.parametrize(("key", "first"), [("offload_optimizer", 1), ("offload_param", 3)])

@@ -20,6 +20,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(min_length=1)]
 
 HOLDS_A_KEY = "holds_a_key"  # the kind of a problem whose value must not be shown
 
@@ -34,8 +36,18 @@ def _without_keys(endpoint: str) -> str:
 Endpoint = Annotated[str, AfterValidator(_without_keys)]
 
 
+def _of_a_file_system(folder: str) -> str:
+    if "://" in folder:
+        raise ValueError("must be a folder of a file system")
+    return folder
+
+
+LocalFolder = Annotated[Name, AfterValidator(_of_a_file_system)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    # JSON has no word for infinity and NaN: what is written with one could not be read again.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ConfigError(UserError):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from star_dist.config.base import Count, Endpoint, Positive, Section
+from star_dist.config.base import Count, Endpoint, LocalFolder, Name, Positive, Section
 from star_dist.config.run import TextSection
 from star_dist.scales import ScaleSchedule
 
@@ -54,10 +54,10 @@ class PrepConfig(Section):
     """
 
     source: dict[str, Any]
-    output: str
-    work: str | None = None
+    output: Name
+    work: LocalFolder | None = None
     storage: StorageSection = StorageSection()
-    tokenizer: str
+    tokenizer: Name
     resolution: Positive | None = None
     scales: tuple[Positive, ...] | None = None
     resolutions: tuple[ResolutionSection, ...] = ()
@@ -111,10 +111,10 @@ class CaptionConfig(Section):
     """
 
     source: dict[str, Any]
-    output: str
-    work: str | None = None
+    output: Name
+    work: LocalFolder | None = None
     storage: StorageSection = StorageSection()
-    model: str
+    model: Name
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = "recaptioned"
     prompt: str | None = None
     batch: Positive = 16

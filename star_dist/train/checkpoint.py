@@ -28,11 +28,12 @@ MARKER = "complete.json"
 INDEX = "index.json"
 FREE_SPACE_MARGIN = 1.1  # of a checkpoint's own size: other things grow on the disk while it is written
 
+CHOOSING = "checkpoint.resume_step of a training, --step of other commands"  # how one is chosen, for messages
+
 # What may change between a checkpoint and the run that goes on from it: nothing here changes what is computed from
 # the same position on, except train.steps, which stretches the learning-rate schedule, and train.micro_batch,
 # train.zero_stage, train.compile and model.attention, which change the order of float sums, and deepspeed, which can
 # also change their rounding on the way between ranks.
-CHOOSING = "checkpoint.resume_step of a training, --step of other commands"  # how one is chosen, for messages
 MAY_CHANGE = (
     "name",
     "run_dir",

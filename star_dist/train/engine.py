@@ -1,4 +1,4 @@
-"""The only module that imports DeepSpeed: process group, partitioned model, optimizer step, sharded checkpoints."""
+"""The only module that imports DeepSpeed: process group, partitioned model, optimizer step."""
 
 from __future__ import annotations
 

@@ -85,10 +85,11 @@ def _train(config: RunConfig, process: ProcessInfo, requests: RequestListener, f
     engine.check_all_ranks_agree(0 if checkpoint is None else checkpoint.step, "the checkpoint to go on from")
     trainer = Trainer(config, engine, tokenizer, metadata, checkpoints, checkpoint, requests, facts)
     if process.rank == 0:
-        if checkpoint is not None:  # later ones are damaged, or to be trained again
-            changes += [f"set aside: {path}" for path in checkpoints.set_aside_after(checkpoint.step)]
         _write_environment(run_dir, config, process, trainer)
         _say_where_it_starts(trainer, changes)
+        if checkpoint is not None:  # later ones are damaged, or to be trained again
+            for path in checkpoints.set_aside_after(checkpoint.step):
+                trainer.log.say(f"set aside: {path}")
     try:
         trainer.run()
     except RunEnded:

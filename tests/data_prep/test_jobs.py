@@ -25,6 +25,7 @@ from data_prep.journal import Chunk, Journal
 from data_prep.merging import merge
 from data_prep.partition import Partition
 from data_prep.tokenization import tokenize, tokenize_partition
+from data_prep.verification import verify
 from data_prep.work import unfinished_work
 from star_dist.config import PrepConfig, parse_config
 from star_dist.data.schema import decode_captions, decode_tokens, read_metadata
@@ -299,18 +300,21 @@ def test_the_order_of_keys_in_a_config_makes_no_other_job(many_pictures: dict[st
 
 def test_a_job_that_older_code_began_goes_on(prep_values: dict[str, Any], tmp_path: Path) -> None:
     """Options that are newer than job.json count with their defaults; another value of one is another job."""
-    config = make_config(prep_values, tmp_path / "set")
+    values = prep_values | {"validation_fraction": 0.0}
+    config = make_config(values, tmp_path / "set")
     tokenize_partition(config, Partition(0, 2))
     description = tmp_path / "set" / "job.json"
     stored = json.loads(description.read_text())
-    del stored["config"]["max_aspect"]
+    del stored["config"]["max_aspect"], stored["config"]["validation_fraction"]
     description.write_text(json.dumps(stored))
     (tmp_path / "set" / "parts" / "00000-of-00002.json").unlink()  # of a job whose description had the option
     with pytest.raises(UserError, match=r"made with max_aspect = null, this job has 2\.0"):
-        tokenize_partition(make_config(prep_values, tmp_path / "set", max_aspect=2.0), Partition(0, 2))
+        tokenize_partition(make_config(values, tmp_path / "set", max_aspect=2.0), Partition(0, 2))
     for i in range(2):
         tokenize_partition(config, Partition(i, 2))
     merge(config.output)
+    (report,) = verify(config.output)
+    assert not report.problems and report.splits["train"].samples > 0
     stored["config"]["colour"] = "red"
     description.write_text(json.dumps(stored))
     with pytest.raises(UserError, match=r"is of another job, or of other code: .*unknown key colour.*; change output"):
