@@ -47,9 +47,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn-4>=4.0.0b36"],
-        "s3": ["boto3>=1.34"],
         "prep": PREP,
-        "eval": ["torchvision"],
         "demo": DEMO,
         "serve": SERVE,
         "dev": DEV + DEMO + PREP,

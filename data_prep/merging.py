@@ -80,7 +80,7 @@ def merge(output: str, storage: StorageSection | None = None) -> dict[int, Datas
     return found
 
 
-def read_remote_metadata(store: ObjectStore, folder: str = "") -> DatasetMetadata:
+def read_merged_metadata(store: ObjectStore, folder: str = "") -> DatasetMetadata:
     """`dataset.json` of a merged data set in any store.
 
     Raises:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data_prep.assembly import split_of
 from data_prep.job import REJECTS_FILE, JobDescription, manifest_name, read_job, read_manifest, stored_config
-from data_prep.merging import INDEX_FILE, read_remote_metadata
+from data_prep.merging import INDEX_FILE, read_merged_metadata
 from data_prep.partition import Partition
 from star_dist.config import PrepConfig, StorageSection
 from star_dist.data.schema import (
@@ -114,7 +114,7 @@ def verify(output: str, storage: StorageSection | None = None, workers: int = 1)
     rejects_problem = _rejects_problem(store, job)
     for section in config.all_resolutions:
         folder = config.folder_of(section.resolution)
-        metadata = read_remote_metadata(store, folder)
+        metadata = read_merged_metadata(store, folder)
         report = _verify_dataset(store, folder, metadata, config.validation_fraction, workers)
         if rejects_problem is not None:  # one file for all resolutions
             report.problems.append(rejects_problem)

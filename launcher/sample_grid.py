@@ -1,12 +1,13 @@
 """Draw a labelled grid for captions of a data set: what the data shows beside what the model draws.
 
 `python launcher/sample_grid.py exports/demo --data runs/demo/data --captions configs/demo_captions.txt --out grid.png`.
-Captions found in the validation split stand under "held out", those of the training split under "seen in training", and
+Captions of the training split stand under "seen in training", those of the validation split alone under "held out", and
 all others under "new". The first picture of a cell is the data set's own, through the tokenizer.
 """
 
 from star_dist.cli import command_parser, run_command
 from star_dist.inference.arguments import (
+    JPEG_LONGEST_SIDE,
     add_model_arguments,
     add_seed_argument,
     check_seeds,
@@ -44,12 +45,20 @@ def main() -> None:
 
     from star_dist.inference.seen_grid import draw_seen_grid
 
+    longest_side = None if out.suffix.lower() == ".png" else JPEG_LONGEST_SIDE
     pipeline = load_pipeline(arguments)
     options.by_scale(len(pipeline.schedule))  # one value too many or too few is found before anything is drawn
+    out.parent.mkdir(parents=True, exist_ok=True)  # one that cannot be made is found before anything is drawn, too
     grid = draw_seen_grid(
-        pipeline, Path(arguments.data), captions, options, arguments.count, arguments.columns, arguments.seed
+        pipeline,
+        Path(arguments.data),
+        captions,
+        options,
+        arguments.count,
+        arguments.columns,
+        arguments.seed,
+        longest_side,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     grid.save(out)
     print(out)
 

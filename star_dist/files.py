@@ -73,7 +73,7 @@ def read_text(path: Path, name: str) -> str:
         UserError: no such file, or no UTF-8.
     """
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")  # as editors on Windows save it, or without their mark
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -82,7 +82,7 @@ def read_text(path: Path, name: str) -> str:
 
 def read_text_lines(path: Path) -> list[str]:
     """The lines of such a file, stripped, without empty ones; raises as `read_text`."""
-    return [line.strip() for line in read_text(path, str(path)).splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path, str(path)).split("\n") if line.strip()]
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

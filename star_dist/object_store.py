@@ -139,17 +139,6 @@ def open_store(url: str | os.PathLike[str], *, endpoint: str | None = None, regi
     return FolderStore(url)
 
 
-def check_access(url: str, *, endpoint: str | None = None, region: str | None = None) -> None:
-    """Finds out with one small request whether something can be read at a URL.
-
-    Raises:
-        UserError: no or wrong credentials, no such bucket or folder, an unreachable store, or nothing there.
-    """
-    store = open_store(url, endpoint=endpoint, region=region)
-    if next(store.list(), None) is None:
-        raise UserError(f"there is nothing at {url}; check bucket and prefix")
-
-
 class FolderStore:
     """A local folder (see `ObjectStore`)."""
 

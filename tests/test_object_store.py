@@ -19,7 +19,7 @@ import botocore.exceptions
 import pytest
 
 from star_dist.errors import Unreachable, UserError
-from star_dist.object_store import ObjectStore, check_access, open_store
+from star_dist.object_store import ObjectStore, open_store
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3 import SECRET_KEY, S3Bucket
 
@@ -85,18 +85,14 @@ def test_refusals_say_what_to_change_and_hold_no_secret(
         else:
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said) as raised:
-        check_access(f"{s3.url}/x")
+        next(open_store(f"{s3.url}/x").list(), None)
     text = str(raised.value)
     assert "\n" not in text and SECRET_KEY not in text and "wrong-secret" not in text and "stranger" not in text
 
 
 def test_wrong_places_are_named(s3: S3Bucket, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot list s3://absent-bucket/x/.*: the bucket does not exist"):
-        check_access("s3://absent-bucket/x")
-    with pytest.raises(UserError, match=rf"there is nothing at {s3.url}/empty; check bucket and prefix"):
-        check_access(f"{s3.url}/empty")
-    with pytest.raises(UserError, match="there is nothing at"):
-        check_access(str(tmp_path / "absent"))
+        next(open_store("s3://absent-bucket/x").list(), None)
     with pytest.raises(UserError, match="has scheme 'gs'; give a local path or s3://"):
         open_store("gs://bucket")
     with pytest.raises(UserError, match=r"^https://host/x has scheme 'https'"):

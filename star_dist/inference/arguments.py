@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+JPEG_LONGEST_SIDE = 65500  # pixels that Pillow's JPEGs can have
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +60,11 @@ def picture_path(out: str) -> Path:
     """Where --out says that a picture goes, checked before anything is drawn.
 
     Raises:
-        UserError: it ends in no picture's suffix.
+        UserError: it ends in no picture's suffix, or is a folder.
     """
     path = Path(out)
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"--out {path} must end in .png or .jpg")
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; name a file, in it or elsewhere")
     return path

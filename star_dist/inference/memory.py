@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from star_dist.inference.pipeline import StarPipeline
@@ -11,6 +13,14 @@ FLOAT32_BYTES = 4
 LOGITS_COPIES = 4  # a scale's logits as computed, guided, sorted and with their noise
 BLOCK_WIDTHS = 12  # most that one block holds at once, in widths of a token: the feed-forward's 4 twice, and the rest
 DECODER_MAPS = 4  # of the finest level, held at once by a residual block of the decoder
+
+OWN_CGROUPS = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+# By version: the tree's place, the limit, what is used, and the part of that which the kernel gives back first.
+CGROUP_FILES = {
+    1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("", "memory.max", "memory.current", "inactive_file"),
+}
 
 
 def drawing_bytes(pipeline: StarPipeline) -> int:
@@ -29,12 +39,32 @@ def drawing_bytes(pipeline: StarPipeline) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free now, on the GPU or on this host."""
+    """Memory that is free now, on the GPU or on this host, where a container or a job may have less than there is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *_cgroup_rooms()])
+
+
+def _cgroup_rooms() -> list[int]:
+    """What each control group with a limit that this process is in leaves it; who takes more is killed."""
+    rooms = []
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        tree, limit, usage, reclaimable = CGROUP_FILES[1 if controllers else 2]
+        root = CGROUPS / tree
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents[: len(group.relative_to(root).parts)]):
+            try:
+                most, used = (int((folder / name).read_text()) for name in (limit, usage))
+                statistics = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # "max" is no limit, and a container does not see the host's folders
+                continue
+            rooms.append(max(0, most - used + int(statistics.get(reclaimable, 0))))
+    return rooms
 
 
 def most_pictures(pipeline: StarPipeline) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import index
 from pathlib import Path
 from typing import Literal
 
@@ -92,8 +93,9 @@ class StarPipeline:
         GPU and fp32 on a CPU. revision: of the id, a branch or commit.
 
         Raises:
-            UserError: no inference folder there, or a damaged one, or no such device.
+            UserError: no inference folder there, or a damaged one, or no such device, or another dtype.
         """
+        _check_dtype(dtype)
         folder = fetch_inference_folder(source, revision)
         device = find_device(device)
         if dtype is None:
@@ -135,10 +137,12 @@ class StarPipeline:
         """Moves everything to a device; dtype is the transformer's alone (tokens need the tokenizer in float32).
 
         CUDA graphs are on again where that is a GPU, and compilation stays as it was (`accelerate`).
+
+        Raises:
+            UserError: no such device, or another dtype.
         """
         device = find_device(device) if device is not None else self.device
-        if dtype is not None and dtype not in DTYPES.values():
-            raise UserError(f"the pipeline runs in torch.bfloat16 or torch.float32, got {dtype}")
+        _check_dtype(dtype)
         self.model.to(device, dtype)
         self.tokenizer.to(device)
         self.text_encoder.to(device)
@@ -220,7 +224,8 @@ class StarPipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("there is no prompt; give at least one")
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        given = seed if isinstance(seed, Iterable) else (index(seed) + i for i in range(len(prompts)))
+        seeds = [index(one) for one in given]  # NumPy's whole numbers are no int, and generators take nothing else
         text, empty = self.text_encoder(prompts), self.text_encoder([""])
         return sample_pictures(
             self.model, self.tokenizer.quantize, text, empty, self.schedule, options, seeds, known=known,
@@ -236,3 +241,8 @@ class StarPipeline:
     def decode(self, latent_BCHH: Tensor) -> list[Image.Image]:
         """Pictures of latents; (B, C, H, H)."""
         return to_pil(self.decode_pixels(latent_BCHH))
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in DTYPES.values():
+        raise UserError(f"the pipeline runs in torch.bfloat16 or torch.float32, got {dtype}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +15,9 @@ from streaming.base.format.mds.reader import MDSReader  # reads a local split wi
 from tqdm import tqdm
 
 from star_dist.data.pictures import to_pil
-from star_dist.data.schema import decode_captions, decode_tokens, read_metadata
+from star_dist.data.schema import DatasetMetadata, decode_captions, decode_tokens, read_metadata
 from star_dist.errors import UserError
-from star_dist.inference.grid import GridSection, draw_grid
+from star_dist.inference.grid import GridSection, draw_grid, grid_size
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.tokenizer.io import tokenizer_hash
@@ -36,13 +38,24 @@ def draw_seen_grid(
     count: int,
     columns: int,
     seed: int,
+    longest_side: int | None = None,
 ) -> Image.Image:
-    """Draws `count` pictures per caption; a caption of the data set has that picture first in its cell.
+    """Draws `count` pictures per caption; a caption of the data set has a picture of it first in its cell.
+
+    longest_side: in pixels, of what the grid is for; null for any.
 
     Raises:
-        UserError: the data set was made with another tokenizer than the model's.
+        UserError: the data set was made with another tokenizer than the model's, or the grid would be too large, which
+            is said before anything is drawn.
     """
     found = _find(data, captions, pipeline)
+    cells = Counter(found[caption][0] if caption in found else None for caption in captions)
+    width, height = grid_size(list(cells.values()), count + 1, columns)
+    if longest_side is not None and max(width, height) > longest_side:
+        raise UserError(
+            f"the grid would have {width} x {height} pixels, a side may have {longest_side}; give fewer captions, "
+            f"other --columns, or an --out that ends in .png"
+        )
     jobs = [(caption, seed + i) for caption in captions for i in range(count)]
     drawn: list[Image.Image] = []
     with tqdm(total=len(jobs), unit="picture", desc="draw") as bar:
@@ -65,7 +78,10 @@ def draw_seen_grid(
 
 
 def _find(data: Path, captions: Sequence[str], pipeline: StarPipeline) -> dict[str, tuple[str, Image.Image]]:
-    """Which split each caption is in, and its picture through the tokenizer."""
+    """Which split each caption is in, and its first picture there through the tokenizer.
+
+    A caption of both splits is one of training's: it was seen, whatever picture of it was held out.
+    """
     metadata = read_metadata(data)
     if metadata.tokenizer_hash != tokenizer_hash(pipeline.tokenizer):
         raise UserError(
@@ -75,16 +91,22 @@ def _find(data: Path, captions: Sequence[str], pipeline: StarPipeline) -> dict[s
     if metadata.scales != pipeline.schedule.sides:
         raise UserError(f"{data} has scales {list(metadata.scales)}, the model {list(pipeline.schedule.sides)}")
     wanted, found = set(captions), {}
-    for split in metadata.splits:
+    for split, sample in _samples(data, metadata):
+        for caption in wanted.intersection(decode_captions(sample, metadata).values()):
+            tokens_BL = torch.from_numpy(decode_tokens(sample, metadata)[np.newaxis].astype(np.int64))
+            picture = pipeline.tokenizer.decode(tokens_BL.to(pipeline.device), pipeline.schedule)
+            found[caption] = split, to_pil(picture)[0]
+            wanted.remove(caption)
+        if not wanted:
+            break
+    return found
+
+
+def _samples(data: Path, metadata: DatasetMetadata) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every sample with its split, those of training first."""
+    for split in sorted(metadata.splits, key=lambda split: split != "train"):
         index = json.loads((data / split / "index.json").read_text())
         for shard in index["shards"]:
             reader = MDSReader.from_json(str(data), split, shard)
             for i in range(len(reader)):
-                sample = reader[i]
-                for caption in wanted.intersection(decode_captions(sample, metadata).values()):
-                    tokens_BL = torch.from_numpy(decode_tokens(sample, metadata)[np.newaxis].astype(np.int64))
-                    picture = pipeline.tokenizer.decode(
-                        tokens_BL.to(pipeline.model.word_embed.weight.device), pipeline.schedule
-                    )
-                    found[caption] = split, to_pil(picture)[0]
-    return found
+                yield split, reader[i]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,9 @@ PICTURE_HEADERS = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Op
 def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[str] | None) -> FastAPI:
     """The application around a loaded model.
 
-    name: shown on the page. hosts: names and addresses that requests may be sent to, and by whose pages alone, against
-    pages elsewhere, also those that point their own name at this machine; null allows any.
+    Its worker is `app.state.worker`. name: shown on the page. hosts: names and addresses that requests may be sent to,
+    and by whose pages alone, against pages elsewhere, also those that point their own name at this machine; null allows
+    any.
     """
     worker = Worker(pipeline, limits)
     tokenizer = copy.deepcopy(pipeline.text_encoder.tokenizer)  # the drawing thread's own may not be used from here
@@ -67,6 +68,7 @@ def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[st
         await asyncio.to_thread(worker.stop)
 
     app = FastAPI(title=name, lifespan=run_worker, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.worker = worker
     app.add_middleware(BodyLimit, limit=limits.body_bytes)
     if hosts is not None:
         app.add_middleware(HostCheck, hosts=hosts)
@@ -111,7 +113,8 @@ def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[st
 
     @app.get("/api/jobs/{job_id}/events")
     async def events(job_id: str) -> StreamingResponse:
-        return StreamingResponse(_events(find(job_id), describe), media_type="text/event-stream", headers=PAGE_HEADERS)
+        states = _events(find(job_id), describe, worker)
+        return StreamingResponse(states, media_type="text/event-stream", headers=PAGE_HEADERS)
 
     @app.get("/api/jobs/{job_id}/scales/{scale}/{picture}")
     async def preview(job_id: str, scale: int, picture: int) -> Response:
@@ -134,11 +137,11 @@ def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[st
     return app
 
 
-async def _events(job: Job, describe: Any) -> AsyncIterator[str]:
-    """The job's description whenever it changes, until it is finished."""
+async def _events(job: Job, describe: Callable[[Job], dict[str, Any]], worker: Worker) -> AsyncIterator[str]:
+    """The job's description whenever it changes, until it is finished or the worker ends."""
     last = None
     while True:
-        finished = job.state in FINISHED  # before describing: what is finished changes no more
+        finished = job.state in FINISHED or worker.stopping  # before describing: what is finished changes no more
         description = describe(job)
         if description != last:
             yield f"data: {json.dumps(description)}\n\n"
@@ -158,6 +161,8 @@ async def _user_error(request: Request, error: UserError) -> JSONResponse:
 
 async def _invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return _error(422, f"the request is no JSON: {first['ctx']['error']} at letter {first['loc'][-1] + 1}")
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     return _error(422, f"{where}: {first['msg']}" if where else first["msg"])
 

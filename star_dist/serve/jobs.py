@@ -89,13 +89,17 @@ class Worker:
     def start(self) -> None:
         self.thread.start()
 
-    def stop(self) -> None:
-        """Ends after the running scale; jobs that wait are cancelled."""
+    def end(self) -> None:
+        """Cancels every job; none is drawn any more."""
         with self.changed:
             self.stopping = True
             for job in self.jobs.values():
                 self.cancel(job)
             self.changed.notify()
+
+    def stop(self) -> None:
+        """Ends, and waits for the scale that is being drawn."""
+        self.end()
         self.thread.join()
 
     def submit(self, drawing: Drawing) -> Job:
@@ -121,11 +125,16 @@ class Worker:
                 job.state = "cancelled"
 
     def _drop_old(self) -> None:
-        """Drops the oldest finished jobs beyond either limit, but never the newest job; call it with `changed` held."""
-        finished = [job for job in list(self.jobs.values())[:-1] if job.state in FINISHED]
+        """Drops the oldest finished jobs beyond either limit; call it with `changed` held.
+
+        Never the one that was drawn last: whoever asked for it has had no time to fetch its pictures.
+        """
+        finished = [job for job in self.jobs.values() if job.state in FINISHED]
+        last_drawn = next((job for job in reversed(finished) if job.state == "done"), None)
+        old = [job for job in finished if job is not last_drawn]
         held = sum(job.num_bytes for job in self.jobs.values())
-        for i, job in enumerate(finished):
-            if len(finished) - i <= self.limits.kept and held <= self.limits.kept_bytes:
+        for i, job in enumerate(old):
+            if len(old) - i <= self.limits.kept and held <= self.limits.kept_bytes:
                 return
             held -= job.num_bytes
             del self.jobs[job.id]

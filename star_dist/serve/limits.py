@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Limits:
     """pictures: drawn by one job, so that a batch fits the memory. prompt_letters: of each prompt. waiting: jobs in the
     queue besides the one that is drawn. kept, kept_bytes: finished jobs whose pictures stay in memory, and how much of
-    it those of all jobs may take; the newest job's stay in any case. body_bytes: of a request."""
+    it those of all jobs may take; those that were drawn last stay in any case. body_bytes: of a request."""
 
     pictures: int = 16
     prompt_letters: int = 1000

@@ -20,6 +20,14 @@ MAX_CONNECTIONS = 256
 STOP_S = 5
 
 
+class Server(uvicorn.Server):
+    """Ends the drawings before the connections, which streams of their states would hold open for `STOP_S`."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.worker.end()
+        await super().shutdown(sockets)
+
+
 def serve(load: Callable[[], StarPipeline], host: str, port: int, limits: Limits, loopback: bool) -> None:
     """Serves what `load` gives until Ctrl-C. loopback: `host` is this machine alone, so requests must address it by its
     own names.
@@ -40,7 +48,7 @@ def serve(load: Callable[[], StarPipeline], host: str, port: int, limits: Limits
     )
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {name} at http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
 
 
 def fitting_limits(pipeline: StarPipeline, limits: Limits) -> Limits:
@@ -70,7 +78,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen()
         return listener
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; change --host or --port"
-        ) from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: two dots in a row, or more letters than a name may have
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host} port {port}: {reason}; change --host or --port") from None

@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -87,6 +89,15 @@ def test_precision_of_the_transformer_alone(inference_folder: Path) -> None:
     assert pipeline("red heart")[0].size == (16, 16)
     with pytest.raises(UserError, match=r"runs in torch\.bfloat16 or torch\.float32, got torch\.int8"):
         pipeline.to(dtype=torch.int8)
+    with pytest.raises(UserError, match=r"runs in torch\.bfloat16 or torch\.float32, got torch\.float16"):
+        StarPipeline.from_pretrained(inference_folder, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("seeds", [np.int64(7), np.arange(7, 9), torch.arange(7, 9), [np.int32(7), 8]], ids=str)
+def test_seeds_are_whole_numbers_of_any_kind(inference_folder: Path, seeds: Any) -> None:
+    pipeline = StarPipeline.from_pretrained(inference_folder)
+    prompts = ["red heart", "blue flag"]
+    assert torch.equal(pipeline.sample(prompts, seeds).tokens_BL, pipeline.sample(prompts, 7).tokens_BL)
 
 
 def test_no_prompt_is_refused(inference_folder: Path) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
+import torch
 import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -21,10 +25,10 @@ from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.serve import jobs
 from star_dist.serve.app import create_app
-from star_dist.serve.jobs import Worker
+from star_dist.serve.jobs import Job, Worker
 from star_dist.serve.limits import Limits
 from star_dist.serve.requests import Drawing
-from star_dist.serve.server import LOOPBACK_HOSTS, fitting_limits, serve
+from star_dist.serve.server import LOOPBACK_HOSTS, Server, fitting_limits, serve
 
 LIMITS = Limits(pictures=4, prompt_letters=50, waiting=2, kept=3, body_bytes=2000)
 DEADLINE_S = 60
@@ -162,7 +166,11 @@ def test_requests_from_elsewhere_are_refused(client: TestClient) -> None:
         "/api/jobs", content=(b"x" * 500 for _ in range(9)), headers={"Content-Type": "application/json"}
     )
     assert chunks.status_code == 413
-    assert client.post("/api/jobs", content=b"{", headers={"Content-Type": "application/json"}).status_code == 422
+    quotes = client.post("/api/jobs", content=b"{'prompts'", headers={"Content-Type": "application/json"})
+    assert quotes.status_code == 422
+    assert quotes.json()["error"] == (
+        "the request is no JSON: Expecting property name enclosed in double quotes at letter 2"
+    )
     for path in ("/api/jobs/none", "/api/jobs/none/events", "/api/jobs/none/pictures/0.png", "/nothing"):
         response = client.get(path)
         assert response.status_code == 404 and response.json()["error"]
@@ -181,6 +189,15 @@ def test_the_printed_address_is_answered(
     monkeypatch.setattr(uvicorn.Server, "run", answered)
     for host in ("127.0.0.1", "127.0.0.2"):
         serve(lambda: pipeline, host, 0, LIMITS, loopback=True)
+
+
+@pytest.mark.parametrize("host", ["127..0.1", "a" * 70, "192.0.2.1"])
+def test_a_host_that_is_no_address_of_this_machine_is_refused(host: str) -> None:
+    def load() -> StarPipeline:
+        raise AssertionError("the model was loaded first")
+
+    with pytest.raises(UserError, match=f"cannot listen on {re.escape(host)} port 0: .*; change --host or --port"):
+        serve(load, host, 0, LIMITS, loopback=False)
 
 
 def test_queue_is_bounded_and_drawings_can_be_cancelled(client: TestClient, held: Callable[[], None]) -> None:
@@ -228,6 +245,67 @@ def test_previews_are_small_and_kept_pictures_bounded_in_bytes(
     assert sum(job.num_bytes for job in kept) <= 4000 or len(kept) == 1
 
 
+def test_pictures_can_be_fetched_though_others_wait_and_memory_is_short(
+    pipeline: StarPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    permits = threading.Semaphore(len(pipeline.schedule))  # one a scale, so for the first drawing alone
+    decode = StarPipeline.decode
+
+    def waiting(self: StarPipeline, latent: object) -> list[Image.Image]:
+        assert permits.acquire(timeout=DEADLINE_S)
+        return decode(self, latent)
+
+    def until(job: Job, state: str) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while job.state != state:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    monkeypatch.setattr(StarPipeline, "decode", waiting)
+    worker = Worker(pipeline, Limits(kept=1, kept_bytes=1))
+    worker.start()
+    first, second, cancelled = (worker.submit(Drawing(("red heart",), (i,), SamplingOptions())) for i in range(3))
+    worker.cancel(cancelled)  # it has no pictures, and costs nobody theirs
+    until(second, "drawing")
+    assert worker.find(first.id).state == "done"
+    permits.release(len(pipeline.schedule))
+    until(second, "done")
+    worker.stop()
+    assert list(worker.jobs) == [second.id]
+
+
+def test_streams_end_at_once_with_the_server(pipeline: StarPipeline, held: Callable[[], None]) -> None:
+    """uvicorn would wait for them, then cut them off and print where that was."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    app = create_app(pipeline, "tiny", LIMITS, LOOPBACK_HOSTS)
+    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DEADLINE_S))
+    running = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    running.start()
+    try:
+        with httpx.Client(base_url=address, timeout=DEADLINE_S) as client:
+            drawing, waiting = (
+                client.post("/api/jobs", json={"prompts": ["red heart"]}).json()["id"] for _ in range(2)
+            )
+            with (
+                client.stream("GET", f"/api/jobs/{drawing}/events") as first,
+                client.stream("GET", f"/api/jobs/{waiting}/events") as second,
+            ):
+                streams = [response.iter_lines() for response in (first, second)]
+                for lines in streams:
+                    next(lines)
+                began = time.monotonic()
+                server.should_exit = True
+                of_drawing, of_waiting = ("".join(lines) for lines in streams)
+                assert time.monotonic() - began < DEADLINE_S / 2
+        assert '"cancelled"' in of_waiting and '"cancelled"' not in of_drawing  # its scale is still being drawn
+    finally:
+        held()
+        server.should_exit = True
+        running.join(DEADLINE_S)
+    assert not running.is_alive()
+
+
 def test_no_more_pictures_than_fit_the_memory(pipeline: StarPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     one = memory.drawing_bytes(pipeline)
     cache = 2 * 2 * 32 * (30 + 8) * 4  # keys and values, 2 layers of width 32, 30 + 8 tokens, float32
@@ -238,6 +316,39 @@ def test_no_more_pictures_than_fit_the_memory(pipeline: StarPipeline, monkeypatc
     monkeypatch.setattr(memory, "free_bytes", lambda device: one)
     with pytest.raises(UserError, match=r"one picture takes about 0\.\d+ GB to draw, .* free on cpu"):
         fitting_limits(pipeline, Limits())
+
+
+@pytest.mark.parametrize(
+    ("own", "folder", "names"),
+    [
+        ("0::/pods/one", "pods/one", ("memory.max", "memory.current", "inactive_file")),
+        ("0::/pods/one", "pods", ("memory.max", "memory.current", "inactive_file")),  # the limit of a parent
+        ("0::/../of/the/host", "", ("memory.max", "memory.current", "inactive_file")),  # what a container sees
+        (
+            "4:cpu,cpuacct:/x\n3:memory:/slurm/job\n0::/",
+            "memory/slurm/job",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_free_memory_is_what_a_container_may_take(
+    own: str, folder: str, names: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, limit, usage, reclaimable = torch.device("cpu"), *names
+    (tmp_path / "own").write_text(own + "\n")
+    group = tmp_path / "tree" / folder
+    group.mkdir(parents=True)
+    (tmp_path / "tree" / "pods" / "one").mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "tree")
+    whole = psutil.virtual_memory().total
+    assert memory.free_bytes(cpu) > 10**7  # no limit anywhere
+    (group / limit).write_text("9000\n")
+    (group / usage).write_text("5000\n")
+    (group / "memory.stat").write_text(f"anon 1\n{reclaimable} 300\n")
+    assert memory.free_bytes(cpu) == 4300
+    (group / limit).write_text("max\n" if limit == "memory.max" else f"{2**63 - 4096}\n")
+    assert 10**7 < memory.free_bytes(cpu) < whole
 
 
 def test_a_drawing_that_fails_says_so_and_the_next_is_drawn(

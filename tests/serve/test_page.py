@@ -128,6 +128,51 @@ def test_mistakes_are_messages_on_the_page(page) -> None:
     assert page.locator("#error").is_hidden()
 
 
+def test_long_words_and_seeds_fit_the_page(page) -> None:
+    draw(page, "x" * 900, count="3", seed="1234567890")
+    finished(page, 3)
+    assert page.evaluate("document.documentElement.scrollWidth") == page.evaluate("innerWidth")
+    assert page.evaluate("[...document.querySelectorAll('figcaption span')].every(s => s.scrollWidth <= s.clientWidth)")
+
+
+def test_a_page_that_was_opened_too_early_draws_later(page) -> None:
+    refusals = []
+
+    def refuse(route) -> None:
+        refusals.append(route.request.url)
+        route.fulfill(status=503, body="Service Unavailable")
+
+    said = "() => document.querySelector('#error').textContent === 'the server answered 503'"
+    page.route("**/api/model", refuse)
+    page.reload()
+    page.wait_for_function(said)
+    page.evaluate("fail('')")
+    draw(page, "red heart", count="1", seed="3")
+    page.wait_for_function(said)
+    assert len(refusals) == 2 and page.locator("#draw").is_enabled()
+    page.unroute("**/api/model")
+    draw(page, "red heart")
+    finished(page, 1)
+    assert page.locator("#error").is_hidden()
+
+
+def test_a_refused_stream_is_asked_for_again(page) -> None:
+    """As by a proxy, or uvicorn at its limit of connections; browsers give up then."""
+    refused = []
+
+    def refuse_first(route) -> None:
+        if refused:
+            route.continue_()
+        else:
+            refused.append(route.request.url)
+            route.fulfill(status=503, body="Service Unavailable")
+
+    page.route("**/events", refuse_first)
+    draw(page, "red heart", count="1", seed="3")
+    finished(page, 1)
+    assert refused and page.locator("#error").is_hidden()
+
+
 def test_enter_draws_but_not_where_it_ends_a_word(page) -> None:
     assert page.input_value("#count") == "3"  # what people would ask for, or the limit
     page.fill("#prompt", "red heart")
