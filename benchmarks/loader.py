@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import print_table, write_json
+from measure import at_least, print_table, write_json
 from streaming import MDSWriter
 from tqdm import tqdm
 
@@ -168,7 +168,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="2,048 samples")
     parser.add_argument("--samples", type=int, metavar="N", help="in the data set (default 40,000)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes (default 2)")
+    parser.add_argument("--workers", type=at_least(0), default=2, metavar="N", help="loader processes (default 2)")
     parser.add_argument("--s3", metavar="URL", help="prefix to upload the shards to and measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     arguments = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -18,6 +19,21 @@ from star_dist.environment import describe_environment
 
 # Else PyTorch's profiler writes lines of its own between the progress bar's. It is read at the first profile.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """`type=` of an option that takes a whole number from `least` on."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
+        return value
+
+    return number
 
 
 def chosen_device() -> torch.device:

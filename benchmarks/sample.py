@@ -18,7 +18,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import chosen_device, device_name, fill_with_noise, median_seconds, print_table, wait_for, write_json
+from measure import (
+    at_least,
+    chosen_device,
+    device_name,
+    fill_with_noise,
+    median_seconds,
+    print_table,
+    wait_for,
+    write_json,
+)
 from tqdm import tqdm
 
 from star_dist.cli import command_parser, run_command
@@ -47,13 +56,21 @@ MATMUL_SIDE = {"cpu": 1024, "cuda": 4096}  # large enough for the device's full 
 OPTIONS = SamplingOptions(4.0, top_k=1)
 
 
+def batches(text: str) -> list[int]:
+    return [at_least(1)(number) for number in text.split(",")]
+
+
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--config", default="configs/d16.json", help="run configuration that gives sizes and scales")
     parser.add_argument("--quick", action="store_true", help="two blocks, one timed drawing")
-    parser.add_argument("--batches", default="1", help="pictures drawn together, separated by commas (default 1)")
+    parser.add_argument(
+        "--batches", type=batches, default="1", help="pictures drawn together, separated by commas (default 1)"
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--repeats", type=int, default=5, help="timed drawings, of which the median counts (default 5)")
+    parser.add_argument(
+        "--repeats", type=at_least(1), default=5, help="timed drawings, of which the median counts (default 5)"
+    )
     parser.add_argument("--compile", action="store_true", help="as launcher/sample.py --compile draws")
     parser.add_argument("--no-graphs", action="store_true", help="on a GPU: operation by operation, not as CUDA graphs")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive sampler out")
@@ -89,7 +106,7 @@ def main() -> None:
     print(f"{device_name(device)}: {dtype}, {bandwidth / 1e9:.3g} GB/s")
 
     rows, scale_rows = [], []
-    for batch in map(int, arguments.batches.split(",")):
+    for batch in arguments.batches:
         text, empty = random_text(config.text.width, [TEXT_TOKENS] * batch, [EMPTY_TOKENS])
         row, shares = measure(model, vqvae, schedule, text, empty, reserve, bandwidth, arguments, clock)
         row = {"resolution": config.resolution, "batch": batch} | row

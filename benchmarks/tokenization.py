@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import chosen_device, device_name, print_table, write_json
+from measure import at_least, chosen_device, device_name, print_table, write_json
 from PIL import Image
 from tqdm import tqdm
 
@@ -42,9 +42,13 @@ PICTURES_PER_TAR = 1000
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="8 pictures, one thread")
-    parser.add_argument("--pictures", type=int, help="how many (default: 5000 on a GPU, 64 on a CPU)")
-    parser.add_argument("--workers", type=int, nargs="+", help="threads that decode (default: 1 and one per CPU)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures that the tokenizer takes at once (default 64)")
+    parser.add_argument("--pictures", type=at_least(1), help="how many (default: 5000 on a GPU, 64 on a CPU)")
+    parser.add_argument(
+        "--workers", type=at_least(1), nargs="+", help="threads that decode (default: 1 and one per CPU)"
+    )
+    parser.add_argument(
+        "--batch", type=at_least(1), default=64, help="pictures that the tokenizer takes at once (default 64)"
+    )
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder or the public checkpoint file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     arguments = parser.parse_args()

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from attention import CONFIGS, TEXT_TOKENS, DenseMaskKernel, additive_mask
 from measure import (
+    at_least,
     chosen_device,
     device_name,
     fill_with_noise,
@@ -237,13 +238,18 @@ def cases(device: torch.device, arguments: argparse.Namespace) -> list[Case]:
             depths = (4,) if quick else (8,)
             batches = () if resolution > 512 else (1,) if quick or resolution > 256 else (1, 4)
         if arguments.model:
-            depths = tuple(int(model.removeprefix("d")) for model in arguments.model)
+            depths = tuple(arguments.model)
         if arguments.resolution and resolution not in arguments.resolution:
             continue
         dtype = torch.bfloat16 if on_gpu else torch.float32
         settings = (dtype, config.train.activation_checkpointing, config.train.compile, arguments.accumulate)
         found += [Case(depth, resolution, config.schedule, batch, *settings) for depth in depths for batch in batches]
     return found[:1] if quick and not on_gpu else found
+
+
+def depth(model: str) -> int:
+    """Of a model by its name, such as d30."""
+    return at_least(1)(model.removeprefix("d"))
 
 
 def main() -> None:
@@ -253,15 +259,17 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="append", choices=["functions", "blocks"], help="also measure so; may be repeated"
     )
-    parser.add_argument("--model", action="append", metavar="dN", help="of this depth alone; may be repeated")
+    parser.add_argument(
+        "--model", action="append", type=depth, metavar="dN", help="of this depth alone; may be repeated"
+    )
     parser.add_argument("--resolution", action="append", type=int, choices=CONFIGS, help="alone; may be repeated")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (default 1)")
+    parser.add_argument(
+        "--accumulate", type=at_least(1), default=1, metavar="N", help="micro-batches of a step (default 1)"
+    )
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="write a Chrome trace of the last case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the configs")
     arguments = parser.parse_args()
-    if arguments.accumulate < 1:
-        raise UserError(f"--accumulate must be at least 1, got {arguments.accumulate}")
     device = chosen_device()
     peak, peak_source = device_peak_flops(device)
     repeats = 2 if arguments.quick else 5

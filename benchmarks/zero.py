@@ -3,8 +3,9 @@
     python benchmarks/zero.py [--quick] [--config FILE] [--ranks 2] [--steps 60] [--json FILE] [NAME=OVERRIDES …]
 
 Every setting trains the config's run from its start for --steps steps, in a folder that is thrown away, under torchrun
-with --ranks processes (default: one per GPU, 2 on a CPU); the second half of the steps counts. Without NAME=OVERRIDES
-the settings of SETTINGS are compared, of which DeepSpeed's documentation says more:
+with --ranks processes (default: one per GPU, 2 on a CPU), at the full learning rate from the first one on; the second
+half of the steps counts. A setting that fails, such as for lack of memory, is a row that says so. Without
+NAME=OVERRIDES the settings of SETTINGS are compared, of which DeepSpeed's documentation says more:
 https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training. A setting of your own:
 stage2="train.zero_stage=2 train.micro_batch=16".
 """
@@ -12,6 +13,7 @@ stage2="train.zero_stage=2 train.micro_batch=16".
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import chosen_device, print_table, write_json
+from measure import at_least, chosen_device, print_table, write_json
 from tqdm import tqdm
 
 from star_dist.cli import command_parser, run_command
@@ -49,8 +51,8 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.json", metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="20 steps of the first setting")
-    parser.add_argument("--ranks", type=int, metavar="N")
-    parser.add_argument("--steps", type=int, default=60, metavar="N")
+    parser.add_argument("--ranks", type=at_least(1), metavar="N")
+    parser.add_argument("--steps", type=at_least(2 * REPORTS), default=60, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("settings", nargs="*", metavar="NAME=OVERRIDES")
     arguments = parser.parse_args()
@@ -63,32 +65,31 @@ def main() -> None:
         settings = SETTINGS | (MULTI_GPU_SETTINGS if device.type == "cuda" else {})
     if arguments.quick:
         settings, arguments.steps = dict([next(iter(settings.items()))]), 2 * REPORTS
-    if arguments.steps < 2 * REPORTS:
-        raise UserError(f"--steps is {arguments.steps}, at least {2 * REPORTS} are needed")
-    rows: list[dict[str, Any]] = []
+    rows = []
     for name, overrides in tqdm(settings.items(), unit="setting"):
         rows.append({"setting": name} | measure(arguments.config, overrides.split(), ranks, arguments.steps))
-        rows[-1]["of the first"] = rows[-1]["pictures/s"] / rows[0]["pictures/s"]
+    measured = [row for row in rows if "failed" not in row]
+    if not measured:
+        raise UserError(f"no setting could be measured; {rows[0]['setting']}: {rows[0]['failed']}")
+    for row in measured if measured[0] is rows[0] else ():
+        row["of the first"] = row["pictures/s"] / rows[0]["pictures/s"]
     print_table(f"{arguments.config.name}, {ranks} ranks, {arguments.steps} steps, {device.type}", rows)
     write_json(arguments.json, device, {"zero": rows, "config": arguments.config.name, "ranks": ranks})
 
 
-def measure(config: Path, overrides: list[str], ranks: int, steps: int) -> dict[str, float]:
-    """Pictures/s, seconds per step and peak memory of rank 0.
-
-    Raises:
-        UserError: the training failed.
-    """
+def measure(config: Path, overrides: list[str], ranks: int, steps: int) -> dict[str, Any]:
+    """Pictures/s, seconds per step and peak memory of rank 0; why it failed where the training did."""
     every = steps // REPORTS
     quiet = ["validation.every=0", "samples.every=0", f"checkpoint.every={steps}", "logging.wandb=off"]
+    quiet += ["optimizer.warmup_steps=0"]  # a config's own is longer than this training
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=29650"]
         command += ["launcher/train.py", "--config", str(config.resolve()), f"run_dir={folder}/run"]
         command += [f"train.steps={steps}", f"logging.every={every}", *quiet, *overrides]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if result.returncode != 0:
-            lines = [line for line in result.stderr.splitlines() if "error" in line.lower()]
-            raise UserError(f"{' '.join(overrides)} failed: {lines[0] if lines else result.stderr[-300:]}")
+            reasons = re.findall(r"(?:\berror|Error): .+", result.stderr)
+            return {"failed": reasons[0].partition(": ")[2] if reasons else f"exit code {result.returncode}"}
         reports = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     counted = [report for report in reports if "throughput/images_per_s" in report][REPORTS // 2 :]
     return {

@@ -45,7 +45,10 @@ def as_text(numbers: dict, gpus: int, dataset: float) -> str:
     memory = [f"  {name:<24}{size / gib:8.2f} GiB" for name, size in numbers["memory_bytes"].items()]
     fits = numbers["memory_total_bytes"] <= numbers["usable_memory_bytes"]
     usable = numbers["usable_memory_bytes"] / gib
-    largest, stage = numbers["largest_micro_batch"], numbers["recommended_zero_stage"]
+    stage = numbers["recommended_zero_stage"]
+    largest = "none fits" if numbers["largest_micro_batch"] is None else str(numbers["largest_micro_batch"])
+    if stage not in (None, numbers["zero_stage"]):  # the two are changed together
+        largest += f" at ZeRO stage {numbers['zero_stage']}, {numbers['largest_micro_batch_there']} at {stage}"
     per_picture = numbers["storage_bytes_per_picture"]
     bound = "communication" if numbers["communication_s"] > numbers["compute_s"] else "compute"
     lines = [
@@ -57,7 +60,7 @@ def as_text(numbers: dict, gpus: int, dataset: float) -> str:
         f"  {'together':<24}{numbers['memory_total_bytes'] / gib:8.2f} GiB of {usable:.0f} usable"
         + ("" if fits else "  DOES NOT FIT"),
         "  the frozen tokenizer and text encoder come on top (public ones: 0.4 and 0.7 GiB)",
-        "largest micro-batch     " + ("none fits" if largest is None else str(largest)),
+        f"largest micro-batch     {largest}",
         f"ZeRO stage              {numbers['zero_stage']}; recommended: "
         + ("none fits" if stage is None else f"{stage}, the least communication that fits"),
         f"train.compile           {numbers['compile']}; recommended: {numbers['recommended_compile']}",
@@ -70,7 +73,7 @@ def as_text(numbers: dict, gpus: int, dataset: float) -> str:
         f"{numbers['pictures']:.3g} pictures         {numbers['days']:.2f} days on {gpus} GPUs, "
         f"{numbers['gpu_hours']:.0f} GPU-hours",
         f"storage of {dataset:.3g}       {dataset * per_picture['tokens and caption'] / 1e12:.3f} TB; with text "
-        f"features {dataset * sum(per_picture.values()) / 1e12:.1f} TB",
+        f"features up to {dataset * sum(per_picture.values()) / 1e12:.1f} TB",
     ]
     return "\n".join(lines)
 

@@ -35,6 +35,7 @@ def main() -> None:
     if process.rank == 0:
         print(result.table(), flush=True)
         if arguments.json:
+            Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(Path(arguments.json), json.dumps(result.as_json(), indent=2) + "\n")
         if result.problems:
             print(f"error: bad nodes: {', '.join(result.problems)}", file=sys.stderr, flush=True)

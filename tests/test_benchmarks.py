@@ -38,7 +38,7 @@ def results(name: str, path: Path, *arguments: str) -> dict[str, Any]:
 @pytest.fixture
 def small_config(run_config: Callable[..., RunConfig], tmp_path: Path) -> str:
     path = tmp_path / "config.json"
-    path.write_text(dump_config(run_config(train={"steps": 20})))
+    path.write_text(dump_config(run_config(train={"steps": 40}, optimizer={"warmup_steps": 30})))
     return str(path)
 
 
@@ -109,5 +109,35 @@ def test_loader_from_disk_and_from_s3(s3: S3Bucket, tmp_path: Path) -> None:
 
 
 def test_zero(small_config: str, tmp_path: Path) -> None:
-    found = results("zero", tmp_path / "out.json", "--quick", "--ranks", "1", "--config", small_config)
-    assert found["ranks"] == 1 and found["zero"][0]["pictures/s"] > 0 and found["zero"][0]["setting"] == "3"
+    """Of a config whose warm-up is longer than the benchmark; a setting that fails costs the others nothing."""
+    settings = ["ours=", "none such=train.zero_stage=9"]
+    options = ["--steps", "20", "--ranks", "1", "--config", small_config]
+    found = results("zero", tmp_path / "out.json", *options, *settings)
+    ours, failed = found["zero"]
+    assert found["ranks"] == 1 and ours["pictures/s"] > 0 and (ours["setting"], ours["of the first"]) == ("ours", 1)
+    assert failed["setting"] == "none such" and "input should be 0, 1, 2 or 3, got 9" in failed["failed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("train_step", ["--model", "x30"]),
+        ("train_step", ["--model", "d0"]),
+        ("train_step", ["--accumulate", "0"]),
+        ("loader", ["--workers", "-1"]),
+        ("tokenization", ["--pictures", "-5"]),
+        ("tokenization", ["--workers", "0"]),
+        ("tokenization", ["--batch", "0"]),
+        ("sample", ["--batches", "1,0"]),
+        ("sample", ["--repeats", "0"]),
+        ("zero", ["--ranks", "-1"]),
+        ("zero", ["--steps", "19"]),
+    ],
+)
+def test_a_wrong_option_is_one_line(name: str, options: list[str]) -> None:
+    found = run_script(FOLDER / f"{name}.py", *options)
+    assert found.returncode == 2
+    said = found.stderr.splitlines()[-1]
+    assert (
+        f"error: argument {options[0]}: must be a whole number of at least" in said and "Traceback" not in found.stderr
+    )

@@ -239,12 +239,9 @@ def _first_line(error: BaseException) -> str:
 
 def _reason(attempt: list[dict[str, Any]]) -> str:
     """Why an attempt ended: what it said itself, else what its job saw."""
-    for event in reversed(attempt):
-        if event["event"] == "end":
-            return event["reason"]
-        if event["event"] == "failed":
-            return f"exit code {event['exit_code']}"
-    return "killed, or its node was lost"
+    said = [event["reason"] for event in attempt if event["event"] == "end"]
+    seen = [f"exit code {event['exit_code']}" for event in attempt if event["event"] == "failed"]
+    return next(reversed(said or seen), "killed, or its node was lost")
 
 
 def _last_train_s(attempt: list[dict[str, Any]], beat: dict[str, Any] | None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 import uuid
@@ -20,7 +21,7 @@ from star_dist.run_folder import METRICS_FILE, keep_metrics_up_to
 
 # Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (half of those with sparsity), looked up from the top. NVL:
 # https://www.nvidia.com/en-us/data-center/h100/ and …/h200/, 1,671 with sparsity. H800 and A800 are H100 and A100 with
-# slower links.
+# slower links, GH200 is an H100 with other memory. GB200: …/gb200-nvl72/, 360 PFLOP/s with sparsity of 72 GPUs.
 GPU_PEAK_TFLOPS = {
     "H200 NVL": 835.0,
     "H200": 989.0,
@@ -29,7 +30,9 @@ GPU_PEAK_TFLOPS = {
     "H100": 989.0,
     "H800 PCIe": 756.0,
     "H800": 989.0,
+    "GH200": 989.0,
     "H20": 148.0,
+    "GB200": 2500.0,
     "B200": 2250.0,
     "A100": 312.0,
     "A800": 312.0,
@@ -119,13 +122,13 @@ def peak_flops(config: RunConfig, device: torch.device) -> tuple[float, str]:
 
 
 def device_peak_flops(device: torch.device) -> tuple[float, str]:
-    """Dense bf16 peak of a GPU by its data sheet, where there is one in the table, else what a product reaches here: of
-    bf16 on a GPU, of float32 on a CPU.
+    """Dense bf16 peak of a GPU by its data sheet, where there is one in the table, else (also on a part of one, by MIG)
+    what a product reaches here: of bf16 on a GPU, of float32 on a CPU.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for gpu, tflops in GPU_PEAK_TFLOPS.items():
-            if gpu in name:
+            if re.search(rf"\b{gpu}\b(?!.*\bMIG\b)", name):  # "A100" is in "RTX A1000", too
                 return tflops * 1e12, f"data sheet of {gpu}"
         return measured_matmul_flops(device, GPU_MATMUL_SIDE, dtype=torch.bfloat16), "measured bf16 matrix product"
     return measured_matmul_flops(device), "measured float32 matrix product"

@@ -261,15 +261,14 @@ def _all_reduce_bandwidth(world_size: int, device: torch.device) -> float:
 
 
 def _problems(checks: list[RankCheck]) -> dict[str, list[str]]:
-    """What each node has wrong: its own findings, facts that most other nodes do not share, a slow device."""
+    """What each node has wrong: its own findings, facts that most other ranks do not share, a slow device."""
     problems: dict[str, list[str]] = {}
     for check in checks:
         for problem in check.problems + check.unreachable:
             problems.setdefault(check.node, []).append(f"rank {check.rank}: {problem}")
     for name in checks[0].facts:
-        by_node = {check.node: repr(check.facts[name]) for check in checks}
-        usual, _ = Counter(by_node.values()).most_common(1)[0]
-        for node, value in by_node.items():
+        usual, _ = Counter(repr(check.facts[name]) for check in checks).most_common(1)[0]
+        for node, value in dict.fromkeys((check.node, repr(check.facts[name])) for check in checks):
             if value != usual:
                 problems.setdefault(node, []).append(f"{name} is {value}, elsewhere {usual}")
     if checks[0].facts["devices"]:

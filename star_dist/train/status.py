@@ -29,7 +29,6 @@ def run_status(run_dir: Path) -> dict[str, Any]:
     last = reports[-1] if reports else {}
     step = last_known_step(run_dir)
     step_s = last.get("time/step_s")
-    steps = CheckpointFolder(run_dir, config.checkpoint).complete_steps()
     summary = summarize(run_dir)
     return {
         "run": str(run_dir),
@@ -39,7 +38,7 @@ def run_status(run_dir: Path) -> dict[str, Any]:
         "loss": last.get("loss/total"),
         "images_per_s": last.get("throughput/images_per_s"),
         "remaining_s": None if step_s is None else (config.train.steps - step) * step_s,
-        "last_checkpoint": steps[-1] if steps else None,
+        "last_checkpoint": _last_checkpoint(run_dir, config),
         "restarts": summary.restarts,
         "lost_steps": summary.lost_steps,
         "goodput": summary.goodput,
@@ -73,18 +72,45 @@ def _state(run_dir: Path, step_s: float) -> str:
     beat = heartbeat(run_dir)
     if not events:
         return "not started"
-    ends = [event for event in events if event["event"] in ("start", "end", "mistake", "failed")]
-    if ends and ends[-1]["event"] == "mistake":
-        return f"not started: {ends[-1]['reason']}"
-    if ends and ends[-1]["event"] == "end":
-        return f"ended: {ends[-1]['reason']}"
-    if ends and ends[-1]["event"] == "failed":
-        return f"failed with exit code {ends[-1]['exit_code']}"
+    # Since the last start, that included; all where none was.
+    starts = [i for i, event in enumerate(events) if event["event"] == "start"]
+    attempt = events[starts[-1] if starts else 0 :]
+    last = next((event for event in reversed(attempt) if event["event"] in ("end", "mistake", "failed")), None)
+    if last is not None and last["event"] == "failed":
+        return f"failed with exit code {last['exit_code']}"
+    if last is not None and last["event"] == "end":
+        mistakes = [event["reason"] for event in attempt if event["event"] == "mistake"]
+        # The first rank that ends knows why; rank 0 may know no more than that it has lost another.
+        unexplained = last.get("exit_code") is None
+        return f"ended: error: {mistakes[0]}" if mistakes and unexplained else f"ended: {last['reason']}"
+    if last is not None:
+        return f"{'ended: error' if _trained(attempt, last) else 'not started'}: {last['reason']}"
     last_s = max(events[-1]["time"], beat["time"] if beat else 0.0)
     silent_s = time.time() - last_s
     if silent_s > max(SILENCE_S, 10 * step_s):
-        return f"no trace for {_duration(silent_s)}: killed, or in a long start"
+        return f"no trace for {_duration(silent_s)}: killed, or in a long start, save or validation"
     return "running"
+
+
+def _trained(attempt: list[dict[str, Any]], mistake: dict[str, Any]) -> bool:
+    """Whether a mistake ended the attempt that the list begins with, not one after it that never started.
+
+    Of an attempt that has started rank 0 writes an `end`, before or after the mistakes of others.
+    """
+    if attempt[0]["event"] != "start":
+        return False
+    ends = [event for event in attempt if event["event"] in ("end", "failed")]
+    if not ends:
+        return mistake["rank"] != 0
+    return any(event.get("reason") == f"error: {mistake['reason']}" for event in ends)
+
+
+def _last_checkpoint(run_dir: Path, config: RunConfig) -> int | None:
+    """Step of the newest complete one; on S3, which this machine may not reach, of the newest in the facts."""
+    if config.checkpoint.remote is None:
+        return max(CheckpointFolder(run_dir, config.checkpoint).complete_steps(), default=None)
+    known = [event["step"] for event in read_events(run_dir) if event["event"] in ("start", "checkpoint", "rollback")]
+    return known[-1] or None if known else None
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -469,11 +469,11 @@ def test_preflight_names_what_is_wrong(run_config: Callable[..., RunConfig], tmp
     """Two ranks: a table, and a data set that is not there."""
     (tmp_path / "config.json").write_text(dump_config(run_config()))
     command = [sys.executable, "launcher/node.py", "--nproc-per-node=2", "--master-port=29638", "launcher/preflight.py"]
-    command += ["--config", str(tmp_path / "config.json"), "--json", str(tmp_path / "findings.json")]
+    command += ["--config", str(tmp_path / "config.json"), "--json", str(tmp_path / "new" / "findings.json")]
     result = run(*command)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "all-reduce over 2 ranks" in result.stdout and result.stdout.splitlines()[1].endswith("ok")
-    assert json.loads((tmp_path / "findings.json").read_text())["ranks"][1]["matmul_tflops"] > 0
+    assert json.loads((tmp_path / "new" / "findings.json").read_text())["ranks"][1]["matmul_tflops"] > 0
     result = run(*command, "data.local=/absent", "text.encoder=/absent")
     assert result.returncode == 1 and "no data set at /absent" in result.stdout and "error: bad nodes:" in result.stderr
     assert "text encoder '/absent' could not be loaded" in result.stdout

@@ -406,6 +406,19 @@ def test_old_checkpoints_that_cannot_be_removed_are_reported_and_go_with_the_nex
     assert [path.name for path in (Path(config.run_dir) / "checkpoints").iterdir()] == ["step_00000006"]
 
 
+def test_a_restart_has_the_reason_that_the_run_gave_itself(tmp_path: Path) -> None:
+    """And not the exit code alone that its job then saw."""
+    for event, values in (
+        ("start", {"step": 0, "last_step": 0}),
+        ("end", {"step": 3, "train_s": 4.0, "reason": "hang: no step ended for 1800 s", "exit_code": None}),
+        ("failed", {"exit_code": 70}),
+        ("start", {"step": 0, "last_step": 3}),
+    ):
+        append_event(tmp_path, event, **values)
+    (restart,) = summarize(tmp_path).restarts
+    assert (restart["reason"], restart["lost_steps"]) == ("hang: no step ended for 1800 s", 3)
+
+
 def test_facts_of_a_run(tmp_path: Path) -> None:
     """100 s of training, of which 20 were lost, in 200 s."""
     events = [

@@ -10,23 +10,30 @@ import torch
 
 from benchmarks.measure import peak_bytes
 from star_dist.config import RunConfig, load_config
+from star_dist.errors import UserError
 from star_dist.model import size
+from star_dist.model.attention import choose_kernel
+from star_dist.model.block_functions import compiled_blocks
 from star_dist.model.config import StarConfig
 from star_dist.model.initialization import initialize_weights
+from star_dist.model.kernels.base import KernelUnavailable
 from star_dist.model.layout import PackedLayout
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
 from star_dist.train import metrics
 from star_dist.train.planning import (
     GPUS,
+    at_stage,
     communication_bytes,
     largest_micro_batch,
     memory_bytes,
     plan,
+    recommended_compile,
     recommended_zero_stage,
     state_bytes,
     usable_bytes,
 )
+from tests.ranks import run_script
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
@@ -95,12 +102,66 @@ def config(name: str, *overrides: str) -> RunConfig:
     return load_config(RunConfig, ROOT / "configs" / name, overrides)
 
 
+def total(parts: dict[str, float]) -> float:
+    return sum(parts.values())
+
+
 def test_zero_stages_share_what_they_share() -> None:
     parameters = size.parameter_count(config("d30.json").star_config())
     for stage, parts in ((0, (1, 1, 1)), (1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))):
         state = state_bytes(config("d30.json", f"train.zero_stage={stage}"), 8)
         expected = [parameters * size / part for size, part in zip((2, 2, 12), parts)]
         assert list(state.values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "ranks", "measured"),
+    [
+        (0, "bf16", 1, 20.03),
+        (0, "fp32", 1, 20.03),
+        (1, "bf16", 1, 22.02),
+        (1, "fp32", 1, 24.13),
+        (2, "bf16", 1, 22.02),
+        (3, "bf16", 1, 22.58),
+        (3, "fp32", 1, 25.50),
+        (1, "bf16", 2, 12.04),
+        (1, "fp32", 2, 16.84),
+        (2, "bf16", 2, 12.57),
+        (3, "bf16", 2, 13.47),
+    ],
+)
+def test_memory_is_what_deepspeed_took(stage: int, precision: str, ranks: int, measured: float) -> None:
+    """Peak of a step in bytes per parameter, measured on gloo ranks with DeepSpeed 0.19.8 (2026-11-28): activations are
+    small, so that at one rank the optimizer's step decides."""
+    run = config(
+        "d16.json",
+        "model.depth=6",
+        "text.width=64",
+        f"train.global_batch={ranks}",
+        "train.micro_batch=1",
+        "train.activation_checkpointing=full",
+        f"train.precision={precision}",
+        f"train.zero_stage={stage}",
+        "deepspeed.zero_optimization.reduce_bucket_size=4000000",
+    )
+    reckoned = total(memory_bytes(run, ranks, 1)) / size.parameter_count(run.star_config())
+    assert reckoned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_optimizers_step_counts_where_activations_are_small(stage: int) -> None:
+    run = config("d30.json", f"train.zero_stage={stage}", "train.activation_checkpointing=full")
+    assert "optimizer step" in memory_bytes(run, 1, 1)
+    assert "optimizer step" not in memory_bytes(run, 1, 512)
+    assert ("optimizer step" in memory_bytes(run, 64, 1)) == (stage == 0)  # where each GPU updates all weights
+    if stage == 3:  # one part after the other
+        smaller = config("d30.json", "deepspeed.zero_optimization.sub_group_size=1000000")
+        assert "optimizer step" not in memory_bytes(smaller, 1, 1)
+    if stage > 0:
+        offloaded = config(
+            "d30.json", f"train.zero_stage={stage}", "deepspeed.zero_optimization.offload_optimizer.device=cpu"
+        )
+        assert "optimizer step" not in memory_bytes(offloaded, 1, 1)
 
 
 @pytest.mark.parametrize(("micro_batch", "counts"), [(16, (2, 3, 3, 3)), (8, (2, 3, 5, 6))])
@@ -126,6 +187,33 @@ def test_what_is_not_on_the_gpu_is_not_counted() -> None:
     assert offloaded["optimizer"] == 0 < offloaded["parameters"]
 
 
+def test_hpz_holds_the_weights_twice() -> None:
+    """At stage 3, where DeepSpeed was seen to keep the second copy from the forward to the backward pass."""
+    run = config("d30.json", "deepspeed.zero_optimization.zero_hpz_partition_size=8")
+    weights = 2 * size.parameter_count(run.star_config())
+    more = {stage: total(memory_bytes(at_stage(run, stage), 64, 1)) for stage in (2, 3)}
+    for stage, copy in ((2, 0), (3, weights / 8)):
+        assert more[stage] - total(memory_bytes(config("d30.json", f"train.zero_stage={stage}"), 64, 1)) == copy
+
+
+@pytest.mark.parametrize("value", ["auto", "null", "true", "-1"])
+@pytest.mark.parametrize(
+    "name", ["reduce_bucket_size", "stage3_max_live_parameters", "sub_group_size", "zero_hpz_partition_size"]
+)
+def test_a_number_of_deepspeed_that_is_none_is_a_users_mistake(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"zero_optimization\.{name}.* number .*{value}"):
+        memory_bytes(config("d30.json", f"deepspeed.zero_optimization.{name}={value}"), 8, 16)
+
+
+def test_the_largest_micro_batch_is_also_told_for_the_recommended_stage() -> None:
+    """On two H200s stage 1 has no room for the micro-batch that stage 3 has."""
+    found = plan(config("d30.json"), 2, "h200", 8, 0.4, 1e8)
+    assert (found["zero_stage"], found["recommended_zero_stage"]) == (3, 1)
+    assert (found["largest_micro_batch"], found["largest_micro_batch_there"]) == (64, 32)
+    shown = run_script(ROOT / "launcher/plan.py", "--config", str(ROOT / "configs/d30.json"), "--gpus", "2")
+    assert "largest micro-batch     64 at ZeRO stage 3, 32 at 1\n" in shown.stdout, shown.stderr
+
+
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     for name, memory_gib in (("d30.json", 80), ("d30_512.json", 140), ("d30_1024.json", 140)):
         run = config(name)
@@ -146,6 +234,26 @@ def test_the_recommended_zero_stage_communicates_little_and_fits() -> None:
     assert recommended_zero_stage(in_fp32, 8, 140) == 2  # which stages 0 and 1 cannot do
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("attention", ["sdpa", "flash"])
+def test_blocks_are_recommended_only_where_a_training_takes_them(attention: str, checkpointing: str) -> None:
+    change = f"train.activation_checkpointing={checkpointing}"
+    found = recommended_compile(config("d30_1024.json", change, f"model.attention={attention}"), 1)
+    assert found == ("functions" if checkpointing == "selective" else "blocks")
+    if found == "functions":
+        with pytest.raises(KernelUnavailable, match="set model.attention to flex .*train.compile to functions"):
+            choose_kernel(
+                attention,
+                torch.device("cpu"),
+                torch.bfloat16,
+                training=True,
+                functions=compiled_blocks(),
+                recompute=checkpointing,
+            )
+    assert recommended_compile(config("d30_1024.json", change), 1) == "blocks"
+    assert recommended_compile(config("d30_1024.json", "train.precision=fp32"), 1) == "functions"
+
+
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
@@ -158,6 +266,11 @@ def test_the_recommended_zero_stage_communicates_little_and_fits() -> None:
         ("NVIDIA H800 PCIe", 756),
         ("NVIDIA A800-SXM4-80GB", GPUS["a100-80"].peak_tflops),
         ("NVIDIA H20", 148),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", GPUS["b200"].peak_tflops),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA RTX A1000", None),
         ("NVIDIA Abacus", None),
     ],
 )
