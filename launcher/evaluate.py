@@ -25,17 +25,15 @@ def main() -> None:
     from star_dist.errors import UserError
     from star_dist.files import write_text_atomically
     from star_dist.process import prepare_process_environment
+    from star_dist.run_folder import CONFIG_FILE, is_export
 
     folder = Path(arguments.model)
-    source = Path(arguments.config) if arguments.config else folder / "config.json"
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is neither a run folder nor an export: it has no config.json")
-    if not arguments.config and (folder / "model.safetensors").is_file():
+    if is_export(folder) and not arguments.config:
         raise UserError(f"{folder} is an export, which knows no data; name the config of its data with --config")
     overrides = list(arguments.overrides)
     if arguments.num_samples is not None:
         overrides.append(f"validation.num_samples={arguments.num_samples}")
-    config = load_config(RunConfig, source, overrides)
+    config = load_config(RunConfig, arguments.config or folder / CONFIG_FILE, overrides)
     prepare_process_environment(config.train.omp_threads)
 
     from star_dist.train.evaluation import evaluate

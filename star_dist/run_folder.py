@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from star_dist.config.base import Section, dump_config, parse_config
 from star_dist.errors import Unreachable
-from star_dist.files import cannot_write, read_json_lines, try_lock, write_text_atomically
+from star_dist.files import cannot_write, read_json_lines, read_json_object, try_lock, write_text_atomically
 
 LOCK_FILE = "lock"
 CONFIG_FILE = "config.json"  # of the training that runs or ran last
@@ -40,6 +40,16 @@ def claim_run_folder(run_dir: Path) -> IO[str] | None:
     if lock is None:
         raise Unreachable(f"another training is running in {run_dir}; wait for it, or change run_dir")
     return lock
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds an exported model, whose config.json says its format, and no run.
+
+    Raises:
+        UserError: it holds neither.
+    """
+    absent = f"{folder} is neither a run folder nor an export: it has no {CONFIG_FILE}"
+    return "format" in read_json_object(folder / CONFIG_FILE, absent)
 
 
 def keep_metrics_up_to(step: int, run_dir: Path) -> None:

@@ -14,6 +14,7 @@ from star_dist.device import find_device
 from star_dist.errors import UserError
 from star_dist.export import load_export_tokenizer, load_model
 from star_dist.model.star import STAR
+from star_dist.run_folder import is_export
 from star_dist.text import TextEncoder
 from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
@@ -63,14 +64,14 @@ def evaluate(folder: Path, config: RunConfig, step: int | None) -> dict[str, flo
 
 def _load(folder: Path, config: RunConfig, step: int | None) -> tuple[STAR, MultiScaleVQVAE, int]:
     """Model in fp32, tokenizer, and optimizer steps done."""
-    if (folder / "model.safetensors").is_file():
+    if is_export(folder):
         if step is not None:
             raise UserError(f"--step chooses among a run's checkpoints, but {folder} is an export")
         export, model = load_model(folder, torch.float32, config.model.attention)
         return model, load_export_tokenizer(folder, export), export.step
     checkpoint = CheckpointFolder(folder, config.checkpoint).find(step)
     if checkpoint is None:
-        raise UserError(f"{folder} is no export and has no complete checkpoint")
+        raise UserError(f"{folder} has no complete checkpoint yet")
     tokenizer = load_tokenizer(Path(config.tokenizer.path))
     check_same_tokenizer(checkpoint, tokenizer_hash(tokenizer))
     with torch.device("meta"):

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from star_dist import cli
+from star_dist import cli, weights
 from star_dist.config import RunConfig, dump_config
+from star_dist.train.export_checkpoint import export_checkpoint
 from star_dist.weights import write_weights
 from tests.ranks import run_ranks, run_script
 from tests.train.runs import train_on
@@ -445,8 +446,9 @@ def test_submit_says_what_it_would_submit(run_config: Callable[..., RunConfig], 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluate_agrees_with_the_trainings_own_validation(
-    run_config: Callable[..., RunConfig], precision: str
+    run_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
+    """Also of an export, in several files as beyond 5 GB."""
     config = run_config(train={"steps": 2, "precision": precision}, validation={"every": 2, "num_samples": 7})
     expected = train_on(config, 2)[2]
     evaluate = ROOT / "launcher/evaluate.py"
@@ -459,6 +461,15 @@ def test_evaluate_agrees_with_the_trainings_own_validation(
             assert found[key] == pytest.approx(value, abs=2e-6)
     if precision == "fp32":
         assert found["skipped_samples"] == 0
+        monkeypatch.setattr(weights, "MAX_SHARD_SIZE", "40KB")
+        export = tmp_path / "export"
+        export_checkpoint(Path(config.run_dir), export, None, "fp32")
+        assert not (export / "model.safetensors").exists()
+        result = run_script(evaluate, str(export))
+        assert result.returncode == 2 and "which knows no data; name the config of its data" in result.stderr
+        result = run_script(evaluate, str(export), "--config", f"{config.run_dir}/config.json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout) == found | {"model": str(export)}
         result = run_script(evaluate, config.run_dir, "model.attention=flash")
         assert result.returncode == 2 and "Traceback" not in result.stderr
         assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
