@@ -1,7 +1,8 @@
 """Train the multi-scale VQ-VAE: `deepspeed launcher/train_tokenizer.py --config configs/tokenizer.json [key=value …]`.
 
 Also starts under torchrun and, for one process, under plain python. The same command resumes from the last checkpoint;
-the run folder becomes the tokenizer's folder.
+the run folder becomes the tokenizer's folder. SIGTERM, SIGUSR1, Ctrl-C and a file STOP in the run folder end it after a
+save; a file SAVE only saves.
 """
 
 from star_dist.cli import add_config_arguments, command_parser, run_command

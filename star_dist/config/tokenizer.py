@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from star_dist.config.base import Count, Fraction, Positive, Section
+from star_dist.config.base import Count, Fraction, LocalFolder, Momentum, Positive, Section, Seed
 from star_dist.scales import ScaleSchedule
 from star_dist.tokenizer.config import VQVAEConfig
 
@@ -39,7 +39,7 @@ class TokenizerDataSection(Section):
     and each keeps copies of its own.
     """
 
-    pictures: str
+    pictures: LocalFolder
     num_workers: Count = 2
     keep_in_memory: bool = False
     horizontal_flip: bool = True
@@ -53,8 +53,8 @@ class TokenizerTrainConfig(Section):
     never. omp_threads: CPU threads of each rank; null leaves the launcher's choice.
     """
 
-    run_dir: str
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    run_dir: LocalFolder
+    seed: Seed = 0
     resolution: Positive
     tokenizer: VQVAEConfig
     data: TokenizerDataSection
@@ -66,7 +66,7 @@ class TokenizerTrainConfig(Section):
     muon_learning_rate: float | None = Field(None, gt=0)
     final_fraction: Fraction = 0.02
     warmup_steps: Count = 50
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     weight_decay: float = Field(0.01, ge=0)
     gradient_clipping: float = Field(1.0, gt=0)
     restart_codes_every: Count = 0

@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from star_dist.data.loading import next_batch
+from star_dist.data.loading import leave_sigterm_to_the_rank, next_batch
 from star_dist.data.pictures import PICTURE_SUFFIXES, PictureFiles, UnreadablePicture, normalize
 from star_dist.errors import UserError
 from star_dist.object_store import FolderStore
 
 
-def find_pictures(folder: Path) -> list[Path]:
+class PicturePaths(Sequence[Path]):
+    """Files under a folder, held as bytes.
+
+    Ten million Path objects take 13 GB in every rank, and 3 GB more in each of its workers, which copy the pages of all
+    that they read because Python counts references there.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.folder = folder
+        encoded = [os.fsencode(name) for name in names]
+        self._names = b"".join(encoded)
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def name(self, index: int) -> str:
+        """Relative to the folder."""
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._names[start : self._ends[index]])
+
+    def __getitem__(self, index: int) -> Path:
+        return self.folder / self.name(range(len(self))[index])
+
+
+def find_pictures(folder: Path) -> PicturePaths:
     """All picture files under a folder, sorted; links to folders are followed.
 
     Raises:
@@ -27,18 +53,24 @@ def find_pictures(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder of pictures at {folder}; change data.pictures")
-    files = (folder / entry.name for entry in FolderStore(str(folder)).list())
-    paths = sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
-    if not paths:
+    names = [
+        entry.name
+        for entry in FolderStore(str(folder)).list()
+        if PurePosixPath(entry.name).suffix.lower() in PICTURE_SUFFIXES
+    ]
+    if not names:
         raise UserError(f"{folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}); change data.pictures")
-    return paths
+    names.sort(key=lambda name: name.replace("/", "\0"))  # folder by folder, as paths are
+    return PicturePaths(folder, names)
 
 
-def fingerprint(paths: list[Path], folder: Path) -> str:
+def fingerprint(paths: PicturePaths) -> str:
     """Identity of a list of pictures: their names, which decide the order of training."""
-    names = "\n".join(path.relative_to(folder).as_posix() for path in paths)
-    # A file's name may be no Unicode, which Python holds as lone surrogates.
-    return hashlib.sha256(names.encode(errors="surrogatepass")).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for i in range(len(paths)):
+        # A file's name may be no Unicode, which Python holds as lone surrogates.
+        digest.update(("\n" * (i > 0) + paths.name(i)).encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 @dataclass
@@ -56,13 +88,14 @@ class ReadablePictures:
     picture once.
     """
 
-    def __init__(self, paths: list[Path], side: int, *, keep_in_memory: bool) -> None:
-        self.files = PictureFiles(paths, side)
+    def __init__(self, paths: Sequence[Path], side: int, *, keep_in_memory: bool) -> None:
+        self.paths = paths
+        self.side = side
         self.kept: dict[int, Tensor] | None = {} if keep_in_memory else None
         self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.paths)
 
     def read(self, index: int, skipped: dict[str, str]) -> Tensor:
         """(3, side, side) uint8; adds what it skips to `skipped`.
@@ -76,7 +109,7 @@ class ReadablePictures:
             picture = self._try(position)
             if picture is not None:
                 return picture
-            skipped[str(self.files.paths[position])] = self.unreadable[position]
+            skipped[str(self.paths[position])] = self.unreadable[position]
         raise UserError(f"none of the {len(self)} pictures can be read; the first: {next(iter(skipped.items()))}")
 
     def _try(self, position: int) -> Tensor | None:
@@ -84,10 +117,11 @@ class ReadablePictures:
             return None
         if self.kept is not None and position in self.kept:
             return self.kept[position]
+        path = self.paths[position]
         try:
-            picture = self.files[position]
+            picture = PictureFiles([path], self.side)[0]
         except UnreadablePicture as error:
-            self.unreadable[position] = str(error).removeprefix(f"{self.files.paths[position]}: ")
+            self.unreadable[position] = str(error).removeprefix(f"{path}: ")
             return None
         if self.kept is not None:
             self.kept[position] = picture
@@ -127,14 +161,17 @@ class StepBatches(Dataset):
         mirrored = self.horizontal_flip and np.random.default_rng((self.seed, 1, number)).random() < 0.5
         return picture.flip(-1) if mirrored else picture
 
-    def from_step(self, first_step: int, num_steps: int, num_workers: int) -> Iterator[Batch]:
+    def from_step(self, first_step: int, num_steps: int, num_workers: int) -> Generator[Batch, None, None]:
         """Batches of steps first_step … num_steps - 1.
 
         Raises:
             UserError: as `ReadablePictures.read`.
         """
         steps = range(first_step, num_steps)
-        batches = iter(DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers))
+        loader = DataLoader(
+            self, batch_size=None, sampler=steps, num_workers=num_workers, worker_init_fn=leave_sigterm_to_the_rank
+        )
+        batches = iter(loader)
         for _ in steps:
             yield next_batch(batches)
 

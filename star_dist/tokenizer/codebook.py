@@ -9,11 +9,10 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from star_dist.scales import ScaleSchedule
-from star_dist.tokenizer.quantizer import MultiScaleQuantizer, full_float32
+from star_dist.tokenizer.quantizer import MultiScaleQuantizer, full_float32, shrink
 
 HITS_DECAY = 0.98
 # A code counts as used while the average of its hits per step is above this: for 34 steps after a single hit.
@@ -43,7 +42,7 @@ def residual_cells(quantizer: MultiScaleQuantizer, latent_BCHH: Tensor, schedule
     cells = []
     with full_float32(latent_BCHH.device):
         for side, (_, contribution_BCHH) in zip(schedule.sides, quantizer.residual_steps(residual_BCHH, schedule)):
-            cells.append(F.interpolate(residual_BCHH, size=(side, side), mode="area").flatten(2).transpose(1, 2))
+            cells.append(shrink(residual_BCHH, side).flatten(2).transpose(1, 2))
             residual_BCHH = residual_BCHH - contribution_BCHH
     return torch.cat(cells, dim=1).flatten(0, 1)
 

@@ -26,6 +26,11 @@ class VQVAEConfig:
     scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "code_dim", "channels", "blocks_per_level", "norm_groups", "num_phi"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be 1 or more")
+        if min(self.channel_multipliers, default=0) < 1:
+            raise ValueError(f"channel_multipliers {list(self.channel_multipliers)} must be 1 or more, one per level")
         for multiplier in self.channel_multipliers:
             if (self.channels * multiplier) % self.norm_groups:
                 raise ValueError(

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from star_dist.errors import UserError
-from star_dist.files import read_json_object, write_text_atomically
+from star_dist.files import read_json_object, sync_to_disk, write_text_atomically
 from star_dist.tokenizer.config import VQVAEConfig
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.weights import check_names_and_shapes, read_weights
@@ -29,12 +29,18 @@ STATISTICS = "quantize.ema_vocab_hit_SV"  # counts of training; decide neither t
 
 
 def save_tokenizer(model: MultiScaleVQVAE, folder: Path) -> None:
-    """Writes `model.safetensors` (float32), then `config.json`: a folder is a tokenizer once it has both."""
+    """Writes `model.safetensors` (float32), then `config.json`: a folder is a tokenizer once it has both.
+
+    All of it is on the disk when this returns.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    sync_to_disk(folder / WEIGHTS_FILE)
     config = {"format": FORMAT, **dataclasses.asdict(model.config)}
     write_text_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    for path in (folder / CONFIG_FILE, folder):
+        sync_to_disk(path)
 
 
 def load_tokenizer(path: Path) -> MultiScaleVQVAE:

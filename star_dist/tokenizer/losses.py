@@ -6,7 +6,7 @@ Shapes: B batch, C code dimension, V codebook size, H latent side; pictures are 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +78,20 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
-        x = (torch.cat([image, target]) * 0.5 + 0.5 - self.mean) / self.std
+        with torch.no_grad():
+            target_features = list(self._unit_features(target))
         distance = image.new_zeros(())
+        for features, wanted in zip(self._unit_features(image), target_features):
+            distance = distance + (features - wanted).square().sum(1).mean()
+        return distance / len(self.LAYERS)
+
+    def _unit_features(self, pictures: Tensor) -> Iterator[Tensor]:
+        """Features at each of `LAYERS`, of length 1 in every cell."""
+        x = (pictures * 0.5 + 0.5 - self.mean) / self.std
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.LAYERS:
-                features, target_features = F.normalize(x, dim=1).chunk(2)
-                distance = distance + (features - target_features).square().sum(1).mean()
-        return distance / len(self.LAYERS)
+                yield F.normalize(x, dim=1)
 
 
 class PatchDiscriminator(nn.Sequential):

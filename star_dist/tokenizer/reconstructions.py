@@ -21,7 +21,8 @@ def draw_reconstructions(
     model: MultiScaleVQVAE, originals: Tensor, schedule: ScaleSchedule
 ) -> tuple[Image.Image, float]:
     """A sheet of pictures (B, 3, side, side) in [-1, 1], each over its reconstruction, and their PSNR in dB."""
-    reconstructions = model.decode(model.encode(originals, schedule), schedule)
+    rows = originals.split(PICTURES_PER_ROW)  # all at once would take the more memory, the more pictures are wanted
+    reconstructions = torch.cat([model.decode(model.encode(row, schedule), schedule) for row in rows])
     count, side = len(originals), originals.shape[-1]
     columns = min(count, PICTURES_PER_ROW)
     sheet = Image.new("RGB", (columns * side, 2 * side * math.ceil(count / columns)), "white")

@@ -10,18 +10,19 @@ config.json, model.safetensors    the finished tokenizer (`star_dist.tokenizer.i
 
 from __future__ import annotations
 
+import errno
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from star_dist.config import TokenizerTrainConfig
-from star_dist.errors import UserError
-from star_dist.files import read_json_object
+from star_dist.errors import Unreachable, UserError
+from star_dist.files import LOST_FILE_SYSTEM, read_json_object, sync_to_disk
 from star_dist.run_folder import differences_since
 from star_dist.tokenizer.io import CONFIG_FILE
+from star_dist.weights import writing
 
 TRAINING_FILE = "training.json"
 PICTURE_FILE = "reconstructions.png"
@@ -59,27 +60,39 @@ def check_same_run(run_dir: Path, config: TokenizerTrainConfig) -> None:
 
 
 def write_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
-    """Replaces the checkpoint; it is on the disk when this returns."""
-    path = run_dir / CHECKPOINT_FILE
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def read_checkpoint(run_dir: Path, device: torch.device) -> dict[str, Any] | None:
-    """The state that `write_checkpoint` wrote, or None where there is none.
+    """Replaces the checkpoint; it is on the disk when this returns.
 
     Raises:
-        UserError: it is damaged.
+        OSError: it cannot be written; the one before stays.
+    """
+    path = run_dir / CHECKPOINT_FILE
+    partial = path.with_suffix(".partial")  # always the same, so that no kill leaves more than one
+    try:
+        with writing(path):
+            with partial.open("wb") as file:
+                torch.save(state, file)
+            sync_to_disk(partial)
+            os.replace(partial, path)
+            sync_to_disk(run_dir)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_checkpoint(run_dir: Path) -> dict[str, Any] | None:
+    """The state that `write_checkpoint` wrote, on the CPU, or None where there is none.
+
+    Raises:
+        UserError: it is damaged, or may not be read. Unreachable: its storage fails.
     """
     path = run_dir / CHECKPOINT_FILE
     if not path.is_file():
         return None
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader checks little: damaged files end in errors of any kind
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which seeking in a cut file ends in
+            kind = Unreachable if error.errno in LOST_FILE_SYSTEM else UserError
+            raise kind(f"cannot read {path}: {error.strerror}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged ({reason}); remove it to start anew") from None

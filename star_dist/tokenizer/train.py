@@ -25,8 +25,8 @@ from tqdm import tqdm
 from star_dist.config import TokenizerTrainConfig, dump_config
 from star_dist.data.pictures import normalize
 from star_dist.device import rank_device
-from star_dist.errors import UserError
-from star_dist.files import write_text_atomically
+from star_dist.errors import RunEnded, Unreachable, UserError
+from star_dist.files import append_json_line, training_goes_on, write_text_atomically
 from star_dist.learning_rate import learning_rate_fraction
 from star_dist.process import ProcessInfo
 from star_dist.run_folder import (
@@ -59,6 +59,7 @@ from star_dist.tokenizer.run_files import (
     write_checkpoint,
 )
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
+from star_dist.train.signals import Request, RequestListener
 
 # Moving codes stops here, so that the decoder can settle on the codebook that it will be used with.
 LAST_RESTART_FRACTION = 0.7
@@ -72,7 +73,8 @@ def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
     Raises:
         UserError: the run folder holds a run of another configuration or of other pictures, a picture folder or
             weights file that cannot be used, ranks that find different files there, a batch that the ranks cannot
-            share, or a loss that is not finite. Unreachable: see `rank_device`.
+            share, or a loss that is not finite. Unreachable: see `rank_device`; or as `TokenizerTraining.run`.
+        RunEnded: it was asked to end before the last step (`star_dist.train.signals`); it has saved.
     """
     run_dir = Path(config.run_dir)
     lock = claim_run_folder(run_dir) if process.rank == 0 else None
@@ -80,6 +82,7 @@ def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
     if (run_dir / CONFIG_FILE).is_file():
         if process.rank == 0:
             print(f"{run_dir} holds this tokenizer already, trained for {config.steps} steps; nothing to do")
+            (run_dir / CHECKPOINT_FILE).unlink(missing_ok=True)  # of a run that was killed as it ended
         return
     if config.global_batch % process.world_size:
         raise UserError(
@@ -88,12 +91,17 @@ def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
     device = rank_device(process)
     if process.world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    asked_to_end = None
     try:
         TokenizerTraining(config, process, device).run()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        del lock
+    except RunEnded as ended:
+        asked_to_end = ended
+    # Not after another error: NCCL would wait for the ranks that go on, and the message would never be seen.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    del lock
+    if asked_to_end is not None:
+        raise asked_to_end
 
 
 class Autoencoder(nn.Module):
@@ -127,17 +135,20 @@ class TokenizerTraining:
         self.device = device
         self.run_dir = Path(config.run_dir)
         self.ranks = Ranks(process.world_size, self.device)
-        folder = Path(config.data.pictures)
-        paths = find_pictures(folder)
-        self.fingerprint = fingerprint(paths, folder)
+        paths = find_pictures(Path(config.data.pictures))
+        self.fingerprint = fingerprint(paths)
         self.pictures = ReadablePictures(paths, config.resolution, keep_in_memory=config.data.keep_in_memory)
         self.pictures.read(0, {})  # refuses a folder without a single good picture before anything is built
-        self.unreadable: dict[str, str] = {}
+        self.unreadable: dict[str, str] = {}  # reason by file, of all ranks as far as they have told one another
+        self.skipped: dict[str, str] = {}  # what this rank has not told yet
+        self.requests = RequestListener(self.run_dir, process.rank)
+        self.request: Request | None = None  # what all ranks are asked to do after the step
 
         torch.manual_seed(config.seed)
         self.model = MultiScaleVQVAE(config.tokenizer)
         initialize(self.model, config)
         self.model.to(self.device, memory_format=torch.channels_last)  # 1.7 times faster convolutions on a CPU
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.autoencoder = self.ranks.parallel(Autoencoder(self.model, config))
         self.optimizers = build_optimizers(self.model, config)
         self.perceptual = None
@@ -154,6 +165,17 @@ class TokenizerTraining:
         self._check_ranks_agree()
 
     def run(self) -> None:
+        """Trains to the last step and writes the tokenizer.
+
+        Raises:
+            RunEnded: it was asked to end before; it has saved.
+            Unreachable: it was asked to end, and could not save.
+            UserError: as `_train_step`, and as `StepBatches.from_step`.
+        """
+        with self.requests.listening():
+            self._run()
+
+    def _run(self) -> None:
         config, rank = self.config, self.process.rank
         batches = StepBatches(
             self.pictures, config.seed, config.global_batch, rank, self.process.world_size, config.data.horizontal_flip
@@ -178,9 +200,15 @@ class TokenizerTraining:
                 values["throughput/images_per_s"] = (done - reported_step) * config.global_batch / (now - reported_at)
                 reported_at, reported_step = now, done
                 self._report(done, values, bar)
-            if done % config.checkpoint_every == 0 and done < config.steps and rank == 0:
-                self._save_checkpoint(done)
-                self._draw_reconstructions()
+            if done < config.steps and (done % config.checkpoint_every == 0 or self.request is not None):
+                self._tell_unreadable()
+                saved = self._save_checkpoint(done) if rank == 0 else None
+                if self.request is not None and self.request.exit_code is not None:
+                    bar.close()
+                    batches.close()  # left to the garbage collector, its workers take 5 s to end
+                    self._end(done, self.request, self.ranks.gather_objects(saved)[0])
+                if rank == 0:
+                    self._draw_reconstructions()
         bar.close()
         if rank == 0:
             self._finish()
@@ -196,7 +224,7 @@ class TokenizerTraining:
             UserError: the loss or a gradient is not finite; nothing was updated then.
         """
         config = self.config
-        self.unreadable.update(batch.unreadable)
+        self.skipped.update(batch.unreadable)
         rate_fraction = learning_rate_fraction(step, config.steps, config.warmup_steps, "cosine", config.final_fraction)
         for optimizer, peak in self.optimizers:
             _set_learning_rate(optimizer, peak * rate_fraction)
@@ -211,19 +239,21 @@ class TokenizerTraining:
         loss = values["loss/total"] = loss + quantization_loss
         loss.backward()
 
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        # The norm is of the gradients of all ranks, so every rank stops at the same step.
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clipping).item()
-        if not math.isfinite(norm):
-            raise UserError(
-                f"step {step + 1}: the loss ({loss.item()}) or its gradient (norm {norm}) is not finite; lower the "
-                f"learning rate ({config.learning_rate}) and train again"
+        norms = {"loss": torch.nn.utils.clip_grad_norm_(self.parameters, config.gradient_clipping)}
+        losses = {"loss": loss}
+        optimizers = [optimizer for optimizer, _ in self.optimizers]
+        if judged:
+            _set_learning_rate(self.discriminator_optimizer, config.learning_rate * rate_fraction)
+            optimizers.append(self.discriminator_optimizer)
+            values["loss/discriminator"] = self._judge(pictures, reconstruction.detach())
+            losses["discriminator's loss"] = values["loss/discriminator"]
+            norms["discriminator's loss"] = torch.nn.utils.clip_grad_norm_(
+                self.discriminator.parameters(), config.gradient_clipping
             )
-        for optimizer, _ in self.optimizers:
+        norm = self._agree(step, losses, norms)
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if judged:
-            values["loss/discriminator"] = self._train_discriminator(pictures, reconstruction.detach(), rate_fraction)
 
         hits_SV = self.ranks.sum(hits_SV)
         self.model.quantize.ema_vocab_hit_SV.lerp_(hits_SV, 1 - HITS_DECAY)
@@ -258,15 +288,33 @@ class TokenizerTraining:
         )
         return self.config.loss.adversarial * weight * values["loss/adversarial"]
 
-    def _train_discriminator(self, pictures: Tensor, reconstruction: Tensor, rate_fraction: float) -> Tensor:
-        _set_learning_rate(self.discriminator_optimizer, self.config.learning_rate * rate_fraction)
+    def _judge(self, pictures: Tensor, reconstruction: Tensor) -> Tensor:
+        """Loss of the discriminator, whose gradients it leaves."""
         real_logits, fake_logits = self.parallel_discriminator(torch.cat([pictures, reconstruction])).chunk(2)
         loss = discriminator_loss(real_logits, fake_logits)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.config.gradient_clipping)
-        self.discriminator_optimizer.step()
-        self.discriminator_optimizer.zero_grad()
         return loss
+
+    def _agree(self, step: int, losses: dict[str, Tensor], norms: dict[str, Tensor]) -> float:
+        """What all ranks know before the update, in the one wait of a step for the device: whether its numbers are
+        finite, and what the run is asked to do after it. Returns the norm of the tokenizer's gradient.
+
+        Norms are of the gradients of all ranks, so every rank stops at the same step.
+
+        Raises:
+            UserError: a loss or its gradient is not finite.
+        """
+        asked = self.ranks.sum(torch.tensor(self.requests.noted(), device=self.device))
+        numbers = torch.cat([torch.stack(list(norms.values())), asked]).tolist()
+        for (name, loss), norm in zip(losses.items(), numbers):
+            if not math.isfinite(norm):
+                raise UserError(
+                    f"step {step + 1}: the {name} ({loss.item()}) or its gradient (norm {norm}) is not finite; the "
+                    f"same command goes on from the checkpoint before; where it stops here again, lower learning_rate "
+                    f"({self.config.learning_rate}) in another run_dir"
+                )
+        self.request = RequestListener.agreed(numbers[len(norms) :])
+        return numbers[0]
 
     def _restart_unused_codes(self, step: int, latent_BCHH: Tensor) -> int:
         """Moves codes that nobody uses onto residuals of this step's pictures, alike on all ranks; returns how many."""
@@ -280,29 +328,40 @@ class TokenizerTraining:
     # ------------------------------------------------------------------------------------------------ records
 
     def _report(self, step: int, values: dict[str, Tensor | float], bar: tqdm) -> None:
-        """Writes one line of metrics, averaged over ranks, and the pictures that were skipped since the last one."""
+        """Writes one line of metrics, averaged over ranks."""
         names = [name for name, value in values.items() if isinstance(value, Tensor)]
         means = self.ranks.mean(torch.stack([values[name].detach().float() for name in names])).tolist()
         line: dict[str, float] = {**values, **dict(zip(names, means))}
-        skipped = self.ranks.gather_objects(self.unreadable)
+        self._tell_unreadable()
         if self.process.rank != 0:
             return
-        for part in skipped:
-            self.unreadable.update(part)
-        with (self.run_dir / UNREADABLE_FILE).open("w") as file:
-            file.writelines(
-                json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in sorted(self.unreadable.items())
-            )
         line["psnr"] = psnr(line["loss/l2"])
         line["data/unreadable"] = len(self.unreadable)
         line.update(codebook_usage(self.model.quantize, self.config.schedule))
-        with (self.run_dir / METRICS_FILE).open("a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
+        append_json_line(self.run_dir / METRICS_FILE, {"step": step, **line})
         bar.set_postfix(loss=f"{line['loss/total']:.3f}", psnr=f"{line['psnr']:.1f}", refresh=False)
 
     def _start_files(self) -> None:
         write_text_atomically(self.run_dir / TRAINING_FILE, dump_config(self.config) + "\n")
         keep_metrics_up_to(self.first_step, self.run_dir)
+        self._list_unreadable()
+
+    def _tell_unreadable(self) -> None:
+        """All ranks learn of pictures that one has skipped since the last call; each is told once."""
+        told = {name: reason for name, reason in self.skipped.items() if name not in self.unreadable}
+        self.skipped = {}
+        parts = self.ranks.gather_objects(told)
+        for part in parts:
+            self.unreadable.update(part)
+        if self.process.rank == 0 and any(parts):
+            self._list_unreadable()
+
+    def _list_unreadable(self) -> None:
+        path = self.run_dir / UNREADABLE_FILE
+        with training_goes_on(path), path.open("w") as file:
+            file.writelines(
+                json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in sorted(self.unreadable.items())
+            )
 
     def _draw_reconstructions(self) -> float | None:
         """Draws pictures over their reconstructions; returns their PSNR, or None where the configuration wants none."""
@@ -312,13 +371,15 @@ class TokenizerTraining:
         chosen = [self.pictures.read(i * len(self.pictures) // count, {}) for i in range(count)]
         originals = normalize(torch.stack(chosen)).to(self.device)
         sheet, quality = draw_reconstructions(self.model, originals, self.config.schedule)
-        sheet.save(self.run_dir / PICTURE_FILE)
+        path = self.run_dir / PICTURE_FILE
+        with training_goes_on(path):
+            sheet.save(path)
         return quality
 
     def _finish(self) -> None:
-        quality = self._draw_reconstructions()
         save_tokenizer(self.model, self.run_dir)
         (self.run_dir / CHECKPOINT_FILE).unlink(missing_ok=True)
+        quality = self._draw_reconstructions()
         usage = codebook_usage(self.model.quantize, self.config.schedule)
         codes = f"{usage['codebook/used']} of {self.model.quantize.vocab_size} codes used"
         summary = f"tokenizer written to {self.run_dir}: {codes}"
@@ -330,7 +391,21 @@ class TokenizerTraining:
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
-    def _save_checkpoint(self, step: int) -> None:
+    def _end(self, step: int, request: Request, saved: bool) -> None:
+        """Ends the run as it was asked to.
+
+        Raises:
+            RunEnded: always, unless Unreachable: the step could not be saved.
+        """
+        if not saved:  # a failure, or the job would come back for ever
+            raise Unreachable(
+                f"{request.name}: the checkpoint of step {step} cannot be written to {self.run_dir}; the training goes "
+                f"on from the one before it when started again"
+            )
+        raise RunEnded(f"{request.name}: the training goes on from step {step} when started again", request.exit_code)
+
+    def _save_checkpoint(self, step: int) -> bool:
+        """False, after a warning, where it cannot be written: the one before stays, and the next may succeed."""
         state: dict[str, Any] = {
             "step": step,
             "pictures": self.fingerprint,
@@ -341,15 +416,25 @@ class TokenizerTraining:
         if self.discriminator is not None:
             state["discriminator"] = self.discriminator.state_dict()
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
-        write_checkpoint(self.run_dir, state)
+        try:
+            write_checkpoint(self.run_dir, state)
+        except OSError as error:
+            print(
+                f"warning: the checkpoint of step {step} cannot be written to {self.run_dir}: {error.strerror}; "
+                f"training goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+            return False
+        return True
 
     def _load_checkpoint(self) -> int:
         """Takes up the checkpoint of the run folder; returns the step to go on with, 0 without one.
 
         Raises:
-            UserError: the checkpoint is damaged, or the folder of pictures has changed since.
+            UserError: as `read_checkpoint`, or the folder of pictures has changed since.
         """
-        state = read_checkpoint(self.run_dir, self.device)
+        state = read_checkpoint(self.run_dir)
         if state is None:
             return 0
         if state["pictures"] != self.fingerprint:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
+import tracemalloc
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,61 +19,25 @@ import torch._dynamo  # optimizers import it when they are built; here once, bef
 from PIL import Image
 from safetensors.torch import load_file
 
-from star_dist.config import ConfigError, TokenizerTrainConfig, load_config, parse_config
+from star_dist.config import ConfigError, TokenizerTrainConfig, load_config
 from star_dist.config.tokenizer import least_judged_side
 from star_dist.errors import Unreachable, UserError
 from star_dist.process import prepare_process_environment
-from star_dist.tokenizer.batches import ReadablePictures, StepBatches, find_pictures, fingerprint
+from star_dist.scales import ScaleSchedule
+from star_dist.tokenizer.batches import PicturePaths, ReadablePictures, StepBatches, find_pictures, fingerprint
 from star_dist.tokenizer.codebook import codebook_usage
 from star_dist.tokenizer.io import load_tokenizer
 from star_dist.tokenizer.losses import PatchDiscriminator
 from star_dist.tokenizer.muon import orthogonalize
 from star_dist.tokenizer.optim import build_optimizers, initialize
 from star_dist.tokenizer.quantizer import Phi
+from star_dist.tokenizer.reconstructions import draw_reconstructions, psnr
 from star_dist.tokenizer.train import LAST_RESTART_FRACTION, TokenizerTraining, train_tokenizer
 from tests.ranks import RankFailed, run_ranks
-
-MakeConfig = Callable[..., TokenizerTrainConfig]
+from tests.tokenizer.conftest import MakeConfig
 
 LOSS_TOLERANCE = 1e-4  # 2 ranks sum floats in another order; measured worst case 4e-6 after 6 steps
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def make_config(pictures_folder: Path, tmp_path: Path) -> MakeConfig:
-    """Configs of a training that takes a second; keyword arguments change single values or sections."""
-    values = {
-        "run_dir": str(tmp_path / "run"),
-        "seed": 3,
-        "resolution": 16,
-        "tokenizer": {
-            "vocab_size": 32,
-            "code_dim": 4,
-            "channels": 8,
-            "channel_multipliers": [1, 2, 2],
-            "blocks_per_level": 1,
-            "norm_groups": 2,
-            "scales": [1, 2, 4],
-        },
-        "data": {"pictures": str(pictures_folder), "num_workers": 0, "keep_in_memory": True},
-        "steps": 6,
-        "global_batch": 4,
-        "learning_rate": 3e-3,
-        "muon_learning_rate": 0.02,
-        "warmup_steps": 2,
-        "restart_codes_every": 2,
-        "checkpoint_every": 2,
-        "log_every": 1,
-        "sample_pictures": 5,
-    }
-
-    def make(**changes: Any) -> TokenizerTrainConfig:
-        merged = dict(values)
-        for name, change in changes.items():
-            merged[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
-        return parse_config(TokenizerTrainConfig, merged)
-
-    return make
 
 
 def rank_main(config: TokenizerTrainConfig) -> None:
@@ -280,11 +245,38 @@ def test_linked_folders_and_names_that_are_no_unicode(pictures_folder: Path, tmp
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(picture)
     folder = tmp_path / "folder"
-    before = fingerprint(find_pictures(folder), folder)
+    before = fingerprint(find_pictures(folder))
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     paths = find_pictures(folder)
-    assert paths == [folder / "a.png", folder / "link" / "b.png", folder / os.fsdecode(b"\xe9.png")]
-    assert fingerprint(paths, folder) != before
+    assert list(paths) == [folder / "a.png", folder / "link" / "b.png", folder / os.fsdecode(b"\xe9.png")]
+    assert fingerprint(paths) != before
+
+
+def test_pictures_come_in_the_order_of_paths(tmp_path: Path) -> None:
+    """Which checkpoints of older code know their pictures by."""
+    names = ["a/b.png", "a-b.PNG", "a.png", "a/b/c.jpg", "a/b-c.webp", "B.png", os.fsdecode(b"a/\xe9.png"), "a b/é.png"]
+    for name in [*names, "a/no picture.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    paths = find_pictures(tmp_path)
+    assert list(paths) == sorted(tmp_path / name for name in names) and paths[-1] == list(paths)[-1]
+    written = "\n".join(path.relative_to(tmp_path).as_posix() for path in paths).encode(errors="surrogatepass")
+    assert fingerprint(paths) == hashlib.sha256(written).hexdigest()[:16]
+
+
+def test_a_million_pictures_take_little_memory() -> None:
+    """In every rank and, as Python counts references in what it reads, in every loader worker once more."""
+    number, folder = 20_000, Path("/data/pictures")
+    names = [f"{i % 100:03}/{i:016x}.jpg" for i in range(number)]
+    tracemalloc.start()
+    try:
+        pictures = ReadablePictures(PicturePaths(folder, names), 16, keep_in_memory=False)
+        fingerprint(pictures.paths)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held / number < 50
+    assert pictures.paths[number - 1] == folder / names[-1] and len(pictures) == number
 
 
 def test_folders_without_a_good_picture_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -362,7 +354,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(make_config: MakeConf
     batch = StepBatches(trainer.pictures, 0, 4, 0, 1, False)[0]
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     batch.pictures[0] = np.nan
-    with pytest.raises(UserError, match=r"step 8: the loss \(nan\).* is not finite; lower the learning rate"):
+    with pytest.raises(
+        UserError, match=r"step 8: the loss \(nan\) or its gradient \(norm nan\) is not finite; the same command"
+    ):
         trainer._train_step(7, batch)
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
@@ -397,9 +391,9 @@ def test_pictures_that_the_discriminator_cannot_judge_are_refused(make_config: M
     make_config(loss={"adversarial": 0.1}, resolution=least, tokenizer={"scales": [1, 2, least // 4]})
 
 
-def test_perceptual_loss_is_zero_for_equal_pictures_and_pulls_towards_the_target(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def perceptual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The perceptual loss of a narrow VGG-16 with random weights."""
     models = pytest.importorskip("torchvision.models")
     from star_dist.tokenizer.losses import PerceptualLoss
 
@@ -410,13 +404,54 @@ def test_perceptual_loss_is_zero_for_equal_pictures_and_pulls_towards_the_target
     monkeypatch.setattr(models, "vgg16", narrow_vgg16)
     torch.manual_seed(0)
     torch.save(narrow_vgg16().state_dict(), tmp_path / "vgg16.pth")
-    perceptual = PerceptualLoss(tmp_path / "vgg16.pth")
+    return PerceptualLoss(tmp_path / "vgg16.pth")
+
+
+def test_perceptual_loss_is_zero_for_equal_pictures_and_pulls_towards_the_target(perceptual: torch.nn.Module) -> None:
     target = torch.rand(1, 3, 32, 32) * 2 - 1
     assert perceptual(target, target).item() == 0
     image = (target + 0.1 * torch.randn_like(target)).requires_grad_()
     distance = perceptual(image, target)
     (gradient,) = torch.autograd.grad(distance, image)
     assert perceptual(image - 0.01 * gradient / gradient.norm(), target) < distance
+
+
+def test_perceptual_loss_keeps_nothing_of_the_target_for_its_gradient(perceptual: torch.nn.Module) -> None:
+    """Through which nothing flows: half of VGG-16's activations, and of its backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    image = torch.rand(2, 3, 32, 32).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        distance = perceptual(image, torch.rand(2, 3, 32, 32))
+    with_gradient = sum(kept.values())
+    assert distance.requires_grad and with_gradient > 0
+    # In float32, 2 pictures and 8 channels: 2 layers of 32 x 32 cells, of 16 x 16, 3 of 8 x 8, 3 of 4 x 4, each kept
+    # before and after its ReLU at most, and thrice where its features are compared; all of it twice with the target.
+    assert with_gradient < 4 * 2 * 8 * (5 * 32**2 + 5 * 16**2 + 7 * 8**2 + 7 * 4**2)
+
+
+def test_many_pictures_are_reconstructed_a_few_at_a_time(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no number of `sample_pictures` ends a training at its first checkpoint."""
+    model = load_tokenizer(tokenizer_folder)
+    schedule = ScaleSchedule(model.config.scales)
+    originals = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    error = (model.decode(model.encode(originals, schedule), schedule) - originals).square().mean().item()
+    encode, sizes = type(model).encode, []
+
+    def counted(self: torch.nn.Module, pictures: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
+        sizes.append(len(pictures))
+        return encode(self, pictures, schedule)
+
+    monkeypatch.setattr(type(model), "encode", counted)
+    sheet, quality = draw_reconstructions(model, originals, schedule)
+    assert sizes == [16, 4] and sheet.size == (16 * 16, 4 * 16)
+    assert quality == pytest.approx(psnr(error), rel=1e-4)
 
 
 def test_every_trained_parameter_is_in_exactly_one_optimizer(make_config: MakeConfig) -> None:
@@ -451,3 +486,27 @@ def test_configs_are_valid(name: str) -> None:
     config = load_config(TokenizerTrainConfig, REPOSITORY / "configs" / name)
     if name == "tokenizer.json":
         assert config.tokenizer == type(config.tokenizer)()  # the public architecture
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": {"norm_groups": 0}}, "norm_groups 0 must be 1 or more"),
+        ({"tokenizer": {"channels": -8}}, "channels -8 must be 1 or more"),
+        ({"tokenizer": {"vocab_size": 0}}, "vocab_size 0 must be 1 or more"),
+        ({"tokenizer": {"code_dim": 0}}, "code_dim 0 must be 1 or more"),
+        ({"tokenizer": {"blocks_per_level": 0}}, "blocks_per_level 0 must be 1 or more"),
+        ({"tokenizer": {"num_phi": 0}}, "num_phi 0 must be 1 or more"),
+        ({"tokenizer": {"channel_multipliers": [1, 0, 2]}}, r"channel_multipliers \[1, 0, 2\] must be 1 or more"),
+        ({"tokenizer": {"channel_multipliers": []}}, r"channel_multipliers \[\] must be 1 or more"),
+        ({"betas": [0.9, 1.0]}, r"betas\.1: input should be less than 1, got 1\.0"),
+        ({"gradient_clipping": float("inf")}, "gradient_clipping: input should be a finite number, got Infinity"),
+        ({"run_dir": ""}, "run_dir: string should have at least 1 character"),
+        ({"data": {"pictures": "s3://bucket/pictures"}}, r"data\.pictures: must be a folder of a file system, got "),
+        ({"loss": {"l1": float("inf")}}, r"loss\.l1: input should be a finite number, got Infinity"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_are_refused(make_config: MakeConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**changes)
