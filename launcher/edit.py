@@ -10,18 +10,26 @@ from star_dist.cli import command_parser, run_command
 from star_dist.inference.arguments import (
     add_model_arguments,
     add_seed_argument,
+    check_amounts,
     check_seeds,
     load_pipeline,
+    numbered_paths,
     picture_path,
 )
 from star_dist.inference.options import add_sampling_arguments, sampling_options
+
+WAYS = {
+    "inpaint": "draw the white part of a mask anew, and keep the rest of a picture",
+    "outpaint": "draw what lies around a picture that becomes a part of a larger one",
+    "vary": "draw anew what the finer scales of a picture add, and keep its coarse ones",
+}
 
 
 def main() -> None:
     parser = command_parser(__doc__)
     ways = parser.add_subparsers(dest="way", required=True, metavar="inpaint | outpaint | vary")
-    for way in ("inpaint", "outpaint", "vary"):
-        one = ways.add_parser(way)
+    for way, does in WAYS.items():
+        one = ways.add_parser(way, help=does, description=does)
         add_model_arguments(one)
         one.add_argument("picture", metavar="PICTURE", help="square picture, resized to what the model draws")
         one.add_argument("prompt", metavar="PROMPT")
@@ -43,8 +51,7 @@ def main() -> None:
     from star_dist.errors import UserError
 
     options = sampling_options(arguments)
-    if arguments.count < 1 or arguments.batch < 1:
-        raise UserError(f"--count and --batch must be positive, got {arguments.count} and {arguments.batch}")
+    check_amounts(arguments.count, arguments.batch)
     check_seeds(arguments.seed, arguments.count)
     out = picture_path(arguments.out)
     box = ()
@@ -66,7 +73,7 @@ def main() -> None:
     pipeline = load_pipeline(arguments)
     pipeline.text_encoder.check_fit([arguments.prompt])
     how = {"inpaint": mask, "outpaint": box, "vary": getattr(arguments, "keep_scales", None)}[arguments.way]
-    paths = [out] if arguments.count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(arguments.count)]
+    paths = numbered_paths(out, arguments.count)
     out.parent.mkdir(parents=True, exist_ok=True)
     for first in range(0, arguments.count, arguments.batch):
         some = paths[first : first + arguments.batch]

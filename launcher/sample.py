@@ -7,8 +7,10 @@ from star_dist.cli import command_parser, run_command
 from star_dist.inference.arguments import (
     add_model_arguments,
     add_seed_argument,
+    check_amounts,
     check_seeds,
     load_pipeline,
+    numbered_paths,
     picture_path,
 )
 from star_dist.inference.options import add_sampling_arguments, sampling_options
@@ -37,8 +39,7 @@ def main() -> None:
         prompts += read_text_lines(Path(arguments.prompts_file))
     if not prompts:
         raise UserError("no prompt given; put it after the folder, in quotes, or use --prompts-file")
-    if arguments.count < 1 or arguments.batch < 1:
-        raise UserError(f"--count and --batch must be positive, got {arguments.count} and {arguments.batch}")
+    check_amounts(arguments.count, arguments.batch)
     check_seeds(arguments.seed, len(prompts) * arguments.count)
     out = picture_path(arguments.out)
 
@@ -48,7 +49,7 @@ def main() -> None:
     options.by_scale(len(pipeline.schedule))  # one value too many or too few is found before anything is drawn
     pipeline.text_encoder.check_fit(prompts)
     jobs = [prompt for prompt in prompts for _ in range(arguments.count)]
-    paths = [out] if len(jobs) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(jobs))]
+    paths = numbered_paths(out, len(jobs))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(jobs), unit="picture") as bar:
         for first in range(0, len(jobs), arguments.batch):

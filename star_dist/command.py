@@ -11,7 +11,7 @@ from star_dist.errors import UserError
 from star_dist.inference.arguments import add_model_arguments, load_pipeline
 from star_dist.serve.limits import Limits
 
-EPILOG = "star-dist serve runs/demo/export    then open http://127.0.0.1:7860"
+DESCRIPTION = "Draw with an exported model: `star-dist serve runs/demo/export`, then open http://127.0.0.1:7860."
 
 
 def main() -> None:
@@ -19,23 +19,21 @@ def main() -> None:
 
 
 def _main() -> None:
-    parser = command_parser(EPILOG)
+    parser = command_parser(DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve")
     serve = commands.add_parser("serve", help="a page and a batch API to draw with a model")
     add_model_arguments(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     serve.add_argument("--port", type=int, default=7860, help="port, 0 for any free one (default 7860)")
     defaults = Limits()
-    serve.add_argument(
-        "--max-pictures",
-        type=int,
-        default=defaults.pictures,
-        help="of one drawing; fewer where memory is short",
-    )
-    serve.add_argument("--max-prompt-letters", type=int, default=defaults.prompt_letters, help="letters of a prompt")
-    serve.add_argument("--max-waiting", type=int, default=defaults.waiting, help="drawings that may wait")
-    serve.add_argument("--keep", type=int, default=defaults.kept, help="finished drawings kept in memory")
-    serve.add_argument("--keep-mb", type=int, default=defaults.kept_bytes // 10**6, help="MB that they may take")
+    for flag, default, limit in (
+        ("--max-pictures", defaults.pictures, "of one drawing; fewer where memory is short"),
+        ("--max-prompt-letters", defaults.prompt_letters, "letters of a prompt"),
+        ("--max-waiting", defaults.waiting, "drawings that may wait"),
+        ("--keep", defaults.kept, "finished drawings kept in memory"),
+        ("--keep-mb", defaults.kept_bytes // 10**6, "MB that they may take"),
+    ):
+        serve.add_argument(flag, type=int, default=default, metavar="N", help=f"{limit} (default {default})")
     _serve(parser.parse_args())
 
 

@@ -56,6 +56,19 @@ def check_seeds(first: int, count: int) -> None:
         raise UserError(f"--seed must lie in 0..{MAX_SEED - count + 1} for {count} pictures, got {first}")
 
 
+def check_amounts(count: int, batch: int) -> None:
+    """Raises:
+    UserError: --count or --batch is not positive.
+    """
+    if count < 1 or batch < 1:
+        raise UserError(f"--count and --batch must be positive, got {count} and {batch}")
+
+
+def numbered_paths(out: Path, count: int) -> list[Path]:
+    """Where that many pictures go: one to `out` itself, several beside it with numbers from 0 on."""
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(count)]
+
+
 def picture_path(out: str) -> Path:
     """Where --out says that a picture goes, checked before anything is drawn.
 

@@ -106,7 +106,7 @@ def preflight(config: RunConfig, process: ProcessInfo) -> Preflight:
     """
     device = rank_device(process)
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    _meet(process, node, device)
+    _meet(node, device)
     check = _check_rank(config, process, node, device)
     checks: list[RankCheck] = [None] * process.world_size
     torch.distributed.all_gather_object(checks, check)
@@ -115,7 +115,7 @@ def preflight(config: RunConfig, process: ProcessInfo) -> Preflight:
     return Preflight(checks, bandwidth, _problems(checks))
 
 
-def _meet(process: ProcessInfo, node: str, device: torch.device) -> None:
+def _meet(node: str, device: torch.device) -> None:
     """Joins all ranks, after making sure that all are there, so that a missing one has a name."""
     timeout = timedelta(seconds=ARRIVAL_TIMEOUT_S)
     try:

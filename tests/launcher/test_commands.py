@@ -419,7 +419,7 @@ def test_preflight_calls_what_may_come_back_unreachable(
     monkeypatch.setattr(preflight, "ARRIVAL_TIMEOUT_S", 0.1)
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 2)]))
     with pytest.raises(Unreachable, match=r"ranks \[1\] did not arrive within 0\.1 s; those of nodes \['n1'\] did"):
-        preflight._meet(process, "n1", torch.device("cpu"))
+        preflight._meet("n1", torch.device("cpu"))
 
     def unreachable(place: preflight.S3Place) -> None:
         raise Unreachable(f"cannot list {place}: the store cannot be reached")
