@@ -5,6 +5,7 @@
 #   on_this_node SCRIPT …  the command right here, without a job step
 #   start_ranks SCRIPT …  one torchrun per node (launcher/node.py), a rank per GPU, as a job step; returns its exit code
 #   on_one_node SCRIPT …  the command on the first node alone
+#   pass_signals_on    from here on SIGUSR1 and SIGTERM ask the ranks to save; ASKED is the last one's name
 
 # sbatch runs a copy of the script, so the script's own path says nothing: submit.py sets STAR_REPO, and by hand a job
 # is submitted from the checkout.
@@ -54,6 +55,23 @@ wait_for_step() {
             return "$code"
         fi
     done
+}
+
+# Ten minutes before the time limit Slurm signals the job's shell alone. srun passes the signal on to launcher/node.py of
+# every node, and that to its ranks, which save and exit with 75.
+ASKED= # stays: whatever the signal found, this job was asked to end and wants to come back
+pass_signals_on() {
+    trap 'ask_to_save SIGUSR1' USR1
+    trap 'ask_to_save SIGTERM' TERM
+}
+
+ask_to_save() {
+    SIGNALLED=$1
+    ASKED=$1
+    if [[ -n $STEP_PID ]]; then
+        echo "$(date -Is) $1: asking the ranks to save" >&2
+        kill -USR1 "$STEP_PID"
+    fi
 }
 
 on_this_node() {

@@ -1,6 +1,7 @@
 # How a job, or a task of an array, comes back by itself. Sourced; sets:
 #   requeue_and_exit CODE   ends it, or lets Slurm start it again
-#   requeue_if_out_of_reach COMMAND …   runs a command; where it fails, ends or comes back
+#   requeue_if_out_of_reach CODE   lets Slurm start it again after a command that ended with CODE
+#   run_or_requeue COMMAND …   runs a command; where it fails, ends or comes back
 
 # The controller may be busy or restarting: a command is tried for five minutes.
 patiently() {
@@ -32,17 +33,22 @@ requeue_and_exit() {
     exit "$1"
 }
 
-# What a command could not reach (69 of star_dist/cli.py) may be there later: the job is requeued then, in all at most
-# MAX_FAILURES times. Every other failure ends it.
-# Signals are not passed on: one that ends this shell ends the job, and Slurm then kills what is left of it. So this is
-# for commands that have nothing to do before they end.
+# What ended with an exit code that says that something could not be reached (69 of star_dist/cli.py) may find it later:
+# it is requeued, in all at most MAX_FAILURES times. Returns for every other code.
 requeue_if_out_of_reach() {
-    local code=0 restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_FAILURES:-3}
-    "$@" || code=$?
-    if [[ $code == 69 && $restarts -lt $most ]]; then
+    local restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_FAILURES:-3}
+    if [[ $1 == 69 && $restarts -lt $most ]]; then
         echo "$(date -Is) exit code 69: requeueing (restart $((restarts + 1)) of at most $most)" >&2
-        requeue_and_exit "$code"
+        requeue_and_exit 69
     fi
+}
+
+# Runs a command that has nothing to do before it ends, because signals are not passed on: one that ends this shell ends
+# the job, and Slurm then kills what is left of it. Returns where it succeeded.
+run_or_requeue() {
+    local code=0
+    "$@" || code=$?
+    requeue_if_out_of_reach "$code"
     if [[ $code != 0 ]]; then
         exit "$code"
     fi

@@ -44,8 +44,8 @@ IN_CONTAINER=(${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"})
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-30}
 
 # Attempts in a row without a new checkpoint after which a failing job is not tried again.
-# For a task of data preparation, or its merge: restarts in all after which it is not requeued when it cannot reach its
-# storage.
+# For a job of data preparation or a tokenizer's training: restarts in all after which it is not requeued when it cannot
+# reach its storage.
 MAX_FAILURES=${MAX_FAILURES:-3}
 
 # Check the nodes (launcher/preflight.py) before the first start of a training and after every failure: yes or no.

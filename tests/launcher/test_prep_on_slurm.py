@@ -91,7 +91,9 @@ def test_what_cannot_reach_something_is_requeued_as_often_as_the_site_says(
     assert f"error: Slurm does not requeue this {kind}; submit it again" in ends(69)
 
 
-@pytest.mark.parametrize("job", ["tokenize", "caption", "merge", "train", "evaluate", "export", "sample"])
+@pytest.mark.parametrize(
+    "job", ["tokenize", "caption", "merge", "train", "train_tokenizer", "evaluate", "export", "sample"]
+)
 def test_a_site_file_that_is_named_must_be_there(job: str, tmp_path: Path) -> None:
     site = tmp_path / "site.sh"
     done = submit(f"{job}.sbatch", "c.json", STAR_SITE=str(site), **array(0, 0, 0, 1))

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from star_dist.config import RunConfig, dump_config
+from star_dist.files import read_json_lines
 from star_dist.train.facts import append_event, read_events
 from tests.launcher.slurm_cluster import SlurmCluster, stand_in, why_not
 from tests.train.runs import last_step, metrics, train_on, weights
@@ -231,6 +232,36 @@ def test_a_users_mistake_is_not_tried_again(
     log = next(Path(config.run_dir).glob("slurm-*.out")).read_text()
     assert "no tokenizer at /absent" in log and "preflight failed" in log
     assert cluster.job(job)["Restarts"] == "0"
+
+
+def test_a_tokenizers_training_comes_back_where_it_was(
+    cluster: SlurmCluster, run_config: Callable[..., RunConfig], pictures_folder: Path, tmp_path: Path
+) -> None:
+    """Saved long before its next checkpoint was due, when Slurm said that its time was up."""
+    environment = cluster.environment | {
+        "STAR_SITE": str(site_file(tmp_path, "RANKS_PER_NODE=1", "export GLOO_SOCKET_IFNAME=lo")),
+        "STAR_REPO": str(ROOT),
+    }
+    folder, script = tmp_path / "tokenizer", ROOT / "launcher/slurm/train_tokenizer.sbatch"
+    options = ["steps=150", "checkpoint_every=1000", "log_every=1", f"run_dir={folder}"]
+    command = ["sbatch", "--parsable", "--nodes=2", f"--output={tmp_path}/log", str(script)]
+    command += [str(ROOT / "configs/tokenizer_demo.json"), f"data.pictures={pictures_folder}", *options]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    job, config = result.stdout.strip(), run_config(run_dir=str(folder))
+
+    def steps() -> list[int]:
+        return [report["step"] for report in read_json_lines(folder / "metrics.jsonl")]
+
+    def log() -> str:
+        return (tmp_path / "log").read_text()[-4000:]
+
+    wait_until(lambda: len(steps()) >= 3, "training", config, log)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    start_again_at_once(cluster, job, config, restarts=1)
+    wait_until(lambda: cluster.job(job)["JobState"] == "COMPLETED", "completed", config, log)
+    assert steps() == list(range(1, 151)) and (folder / "model.safetensors").is_file()
+    assert "SIGUSR1: the training goes on from step" in (tmp_path / "log").read_text()
 
 
 def test_the_jobs_before_and_after_a_training(
