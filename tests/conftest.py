@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from tqdm import tqdm
 
 from star_dist.config import RunConfig, parse_config
@@ -47,6 +48,13 @@ def golden_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"recorded goldens are not at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def golden(golden_dir: Path) -> dict[str, torch.Tensor]:
+    """Weights, inputs and outputs of the transformer."""
+    with safe_open(golden_dir / "star_a.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     keys.write_text(json.dumps({"identities": [{"name": "tests", "credentials": credentials, "actions": actions}]}))
-    ports = dict(zip(PORT_OPTIONS, _free_ports(len(PORT_OPTIONS))))
+    ports = dict(zip(PORT_OPTIONS, free_ports(len(PORT_OPTIONS))))
     command = [
         weed,
         "-logtostderr",
@@ -174,7 +174,8 @@ def stored(request: pytest.FixtureRequest) -> Callable[[Path], str]:
     return upload
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Of this host, all different, that nobody listened at a moment ago."""
     with ExitStack() as stack:  # all are held until the last is known, so that no two are the same
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

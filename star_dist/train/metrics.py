@@ -18,27 +18,8 @@ from star_dist.config import RunConfig, dump_config
 from star_dist.errors import Unreachable, UserError
 from star_dist.files import append_json_line, training_goes_on
 from star_dist.run_folder import METRICS_FILE, keep_metrics_up_to
+from star_dist.train.gpu_peaks import GPU_PEAK_TFLOPS
 
-# Dense bf16 peaks in TFLOP/s from NVIDIA's data sheets (half of those with sparsity), looked up from the top. NVL:
-# https://www.nvidia.com/en-us/data-center/h100/ and …/h200/, 1,671 with sparsity. H800 and A800 are H100 and A100 with
-# slower links, GH200 is an H100 with other memory. GB200: …/gb200-nvl72/, 360 PFLOP/s with sparsity of 72 GPUs.
-GPU_PEAK_TFLOPS = {
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H800 PCIe": 756.0,
-    "H800": 989.0,
-    "GH200": 989.0,
-    "H20": 148.0,
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "A10G": 70.0,
-}
 GPU_MATMUL_SIDE = 8192  # large enough for a GPU's full rate
 
 # The training's step as a value of its own: W&B's counter only grows, and drops what comes again after a rollback.

@@ -16,6 +16,7 @@ from star_dist.config.deepspeed import accepted_zero_stages, look_up
 from star_dist.errors import UserError
 from star_dist.model.flops import training_flops
 from star_dist.model.size import FLOAT32_BYTES, activation_bytes, parameter_count
+from star_dist.train.gpu_peaks import GPU_PEAK_TFLOPS
 
 # DeepSpeed 0.19's defaults, in elements and GPUs (https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training)
 DEFAULT_ZERO = {
@@ -45,12 +46,12 @@ class Gpu:
 
 
 GPUS = {
-    "a100-40": Gpu(40.0, 312, 300, 25),
-    "a100-80": Gpu(80.0, 312, 300, 25),
-    "h100": Gpu(79.6, 989, 450, 50),
-    "h200": Gpu(140.4, 989, 450, 50),
-    "b200": Gpu(179.1, 2250, 900, 50),
-    "l40s": Gpu(45.0, 362, 32, 12.5),
+    "a100-40": Gpu(40.0, GPU_PEAK_TFLOPS["A100"], 300, 25),
+    "a100-80": Gpu(80.0, GPU_PEAK_TFLOPS["A100"], 300, 25),
+    "h100": Gpu(79.6, GPU_PEAK_TFLOPS["H100"], 450, 50),
+    "h200": Gpu(140.4, GPU_PEAK_TFLOPS["H200"], 450, 50),
+    "b200": Gpu(179.1, GPU_PEAK_TFLOPS["B200"], 900, 50),
+    "l40s": Gpu(45.0, GPU_PEAK_TFLOPS["L40S"], 32, 12.5),
 }
 
 

@@ -6,12 +6,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from star_dist.data.pictures import UnreadablePicture, crop_and_resize, decode_picture, normalize, to_pil, to_tensor
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
+from tests.data_prep.hostile import encoded
 
 
 def test_transparency_lies_on_white() -> None:

@@ -24,12 +24,6 @@ GREEDY = SamplingOptions(guidance=0.0, top_k=1)
 
 
 @pytest.fixture(scope="module")
-def golden(golden_dir: Path) -> dict[str, torch.Tensor]:
-    with safe_open(golden_dir / "star_a.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
-
-
-@pytest.fixture(scope="module")
 def golden_tokenizer(golden_dir: Path) -> MultiScaleVQVAE:
     config = VQVAEConfig(vocab_size=64, code_dim=8, channels=32, scales=SCHEDULE.sides)
     model = MultiScaleVQVAE(config)

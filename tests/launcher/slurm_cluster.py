@@ -10,6 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.s3 import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 NODES = ("n1", "n2")
 START_TIMEOUT_S = 60
@@ -75,7 +77,7 @@ class SlurmCluster:
         key = self.root / "munge.key"
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o400)
-        config = CONFIG.format(host=socket.gethostname().split(".")[0], ports=_free_ports(3), root=self.root)
+        config = CONFIG.format(host=socket.gethostname().split(".")[0], ports=free_ports(3), root=self.root)
         (self.root / "slurm.conf").write_text(config)
         try:
             munge_files = [f"--{kind}-file={self.root}/munged.{kind}" for kind in ("log", "pid", "seed")]
@@ -137,13 +139,3 @@ def _wait_for(condition, what: str) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"no {what} within {START_TIMEOUT_S} s")
         time.sleep(0.1)
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from star_dist.errors import UserError
@@ -42,12 +41,6 @@ def use_flash_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.choose_kernel.cache_clear()
     stand_in = StandIn(precise=True).kernel(SCHEDULE.ends[1])
     monkeypatch.setattr(attention, "flash_kernel", lambda *_, **__: stand_in)
-
-
-@pytest.fixture(scope="module")
-def golden(golden_dir: Path) -> dict[str, torch.Tensor]:
-    with safe_open(golden_dir / "star_a.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def golden_model(golden: dict[str, torch.Tensor], kernel: str = "auto") -> STAR:
