@@ -45,8 +45,8 @@ class Untold(Section):
     scales: tuple[Positive, ...] = ()
     tokenizer_scales: tuple[Positive, ...] = ()
     rope_convention: RopeConvention = "public"
-    rope_theta: float = Field(10000.0, gt=0, allow_inf_nan=False)
-    rope_extent: float = Field(64.0, gt=0, allow_inf_nan=False)
+    rope_theta: float = Field(10000.0, gt=0)
+    rope_extent: float = Field(64.0, gt=0)
     norm_groups: Positive = 32
     text: TextSection = TextSection()
     tokenizer_hash: str | None = None

@@ -23,6 +23,7 @@ import deepspeed.module_inject.auto_ep_layer
 import deepspeed.ops
 import deepspeed.runtime.superoffload.superoffload_stage3
 import deepspeed.runtime.zero.muon.muon_optimizer
+import psutil
 import streaming
 import torch
 import torch._inductor.lowering
@@ -121,6 +122,12 @@ def run_script(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         return code or 0, out.getvalue(), errors.getvalue()
 
     return subprocess.CompletedProcess(path, *run_ranks(script, 1)[0])
+
+
+def signal_this_rank_and_its_workers(number: signal.Signals) -> None:
+    """At once, as launchers do."""
+    processes = [os.getpid(), *(child.pid for child in psutil.Process().children())]
+    subprocess.run(["kill", f"-{number.value}", *map(str, processes)], check=True)
 
 
 def renew_thread_pool() -> None:

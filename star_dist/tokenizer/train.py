@@ -2,24 +2,18 @@
 
 Every draw is a function of (seed, step, sample), so a run that was killed goes on from its last checkpoint as if
 nothing had happened. The run folder becomes the tokenizer's folder (`run_files.py`).
-
-Shapes: B this rank's pictures of a step, C code dimension, V codebook size, S scales, H latent side.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from star_dist.config import TokenizerTrainConfig, dump_config
@@ -27,26 +21,11 @@ from star_dist.data.pictures import normalize
 from star_dist.device import rank_device
 from star_dist.errors import RunEnded, Unreachable, UserError
 from star_dist.files import append_json_line, training_goes_on, write_text_atomically
-from star_dist.learning_rate import learning_rate_fraction
 from star_dist.process import ProcessInfo
-from star_dist.run_folder import (
-    METRICS_FILE,
-    claim_run_folder,
-    keep_metrics_up_to,
-)
+from star_dist.run_folder import METRICS_FILE, claim_run_folder, keep_metrics_up_to
 from star_dist.tokenizer.batches import Batch, ReadablePictures, StepBatches, find_pictures, fingerprint
-from star_dist.tokenizer.codebook import HITS_DECAY, codebook_usage, move_codes, residual_cells, unused_codes
+from star_dist.tokenizer.codebook import codebook_usage
 from star_dist.tokenizer.io import CONFIG_FILE, save_tokenizer
-from star_dist.tokenizer.losses import (
-    PatchDiscriminator,
-    PerceptualLoss,
-    Quantized,
-    adversarial_weight,
-    discriminator_loss,
-    quantize_for_training,
-)
-from star_dist.tokenizer.optim import build_optimizers, initialize
-from star_dist.tokenizer.quantizer import full_float32
 from star_dist.tokenizer.ranks import Ranks
 from star_dist.tokenizer.reconstructions import draw_reconstructions, psnr
 from star_dist.tokenizer.run_files import (
@@ -58,11 +37,8 @@ from star_dist.tokenizer.run_files import (
     read_checkpoint,
     write_checkpoint,
 )
-from star_dist.tokenizer.vqvae import MultiScaleVQVAE
+from star_dist.tokenizer.update import TokenizerUpdate
 from star_dist.train.signals import Request, RequestListener
-
-# Moving codes stops here, so that the decoder can settle on the codebook that it will be used with.
-LAST_RESTART_FRACTION = 0.7
 
 
 def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
@@ -104,28 +80,6 @@ def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
         raise asked_to_end
 
 
-class Autoencoder(nn.Module):
-    """A training step's forward pass as one module, which is what DistributedDataParallel wants."""
-
-    def __init__(self, model: MultiScaleVQVAE, config: TokenizerTrainConfig) -> None:
-        super().__init__()
-        self.model = model
-        self.schedule = config.schedule
-        self.commitment = config.loss.commitment
-        self.autocast = config.precision == "bf16"
-
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Reconstructions (B, 3, side, side), quantization loss (), hits (S, V), unquantized latents (B, C, H, H)."""
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.autocast):
-            latent = self.model.encode_latent(pictures).float()
-            with full_float32(pictures.device):
-                quantized: Quantized = quantize_for_training(
-                    self.model.quantize, latent, self.schedule, self.commitment
-                )
-            reconstruction = self.model.decode_latent(quantized.latent).float()
-        return reconstruction, quantized.loss, quantized.hits_SV, latent.detach()
-
-
 class TokenizerTraining:
     """Everything of one run; see `train_tokenizer`."""
 
@@ -144,23 +98,8 @@ class TokenizerTraining:
         self.requests = RequestListener(self.run_dir, process.rank)
         self.request: Request | None = None  # what all ranks are asked to do after the step
 
-        torch.manual_seed(config.seed)
-        self.model = MultiScaleVQVAE(config.tokenizer)
-        initialize(self.model, config)
-        self.model.to(self.device, memory_format=torch.channels_last)  # 1.7 times faster convolutions on a CPU
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.autoencoder = self.ranks.parallel(Autoencoder(self.model, config))
-        self.optimizers = build_optimizers(self.model, config)
-        self.perceptual = None
-        if config.loss.perceptual:
-            self.perceptual = PerceptualLoss(Path(config.loss.vgg16_weights)).to(self.device)
-        self.discriminator = None
-        if config.loss.adversarial:
-            self.discriminator = PatchDiscriminator().to(self.device)
-            self.parallel_discriminator = self.ranks.parallel(self.discriminator)
-            self.discriminator_optimizer = torch.optim.AdamW(
-                self.discriminator.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=0.0
-            )
+        self.update = TokenizerUpdate(config, self.ranks)
+        self.model = self.update.model
         self.first_step = self._load_checkpoint()
         self._check_ranks_agree()
 
@@ -170,7 +109,7 @@ class TokenizerTraining:
         Raises:
             RunEnded: it was asked to end before; it has saved.
             Unreachable: it was asked to end, and could not save.
-            UserError: as `_train_step`, and as `StepBatches.from_step`.
+            UserError: as `TokenizerUpdate`, and as `StepBatches.from_step`.
         """
         with self.requests.listening():
             self._run()
@@ -215,115 +154,12 @@ class TokenizerTraining:
         if dist.is_initialized():
             dist.barrier()  # no rank leaves before the tokenizer is written: launchers end the others at once
 
-    # ------------------------------------------------------------------------------------------------ one step
-
     def _train_step(self, step: int, batch: Batch) -> dict[str, Tensor | float]:
-        """One update of everything; returns what there is to report, of this rank where it is a tensor.
-
-        Raises:
-            UserError: the loss or a gradient is not finite; nothing was updated then.
-        """
-        config = self.config
+        """One update; returns what there is to report, as `TokenizerUpdate`, and finds out what all ranks are asked."""
         self.skipped.update(batch.unreadable)
-        rate_fraction = learning_rate_fraction(step, config.steps, config.warmup_steps, "cosine", config.final_fraction)
-        for optimizer, peak in self.optimizers:
-            _set_learning_rate(optimizer, peak * rate_fraction)
-        pictures = batch.pictures.to(self.device).contiguous(memory_format=torch.channels_last)
-
-        reconstruction, quantization_loss, hits_SV, latent_BCHH = self.autoencoder(pictures)
-        values: dict[str, Tensor | float] = {"loss/quantization": quantization_loss}
-        loss = self._reconstruction_loss(reconstruction, pictures, values)
-        judged = self.discriminator is not None and step >= config.loss.adversarial_start
-        if judged:
-            loss = loss + self._adversarial_loss(loss, reconstruction, values)
-        loss = values["loss/total"] = loss + quantization_loss
-        loss.backward()
-
-        norms = {"loss": torch.nn.utils.clip_grad_norm_(self.parameters, config.gradient_clipping)}
-        losses = {"loss": loss}
-        optimizers = [optimizer for optimizer, _ in self.optimizers]
-        if judged:
-            _set_learning_rate(self.discriminator_optimizer, config.learning_rate * rate_fraction)
-            optimizers.append(self.discriminator_optimizer)
-            values["loss/discriminator"] = self._judge(pictures, reconstruction.detach())
-            losses["discriminator's loss"] = values["loss/discriminator"]
-            norms["discriminator's loss"] = torch.nn.utils.clip_grad_norm_(
-                self.discriminator.parameters(), config.gradient_clipping
-            )
-        norm = self._agree(step, losses, norms)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-        hits_SV = self.ranks.sum(hits_SV)
-        self.model.quantize.ema_vocab_hit_SV.lerp_(hits_SV, 1 - HITS_DECAY)
-        every = config.restart_codes_every
-        if every and (step + 1) % every == 0 and step < LAST_RESTART_FRACTION * config.steps:
-            values["codebook/restarted"] = float(self._restart_unused_codes(step, latent_BCHH))
-        values["optim/learning_rate"] = config.learning_rate * rate_fraction
-        values["optim/grad_norm"] = norm
+        values, asked = self.update(step, batch.pictures, self.requests.noted())
+        self.request = RequestListener.agreed(asked)
         return values
-
-    def _reconstruction_loss(
-        self, reconstruction: Tensor, pictures: Tensor, values: dict[str, Tensor | float]
-    ) -> Tensor:
-        weights = self.config.loss
-        values["loss/l1"] = F.l1_loss(reconstruction, pictures)
-        values["loss/l2"] = F.mse_loss(reconstruction, pictures)
-        loss = weights.l1 * values["loss/l1"] + weights.l2 * values["loss/l2"]
-        if self.perceptual is not None:
-            values["loss/perceptual"] = self.perceptual(reconstruction, pictures)
-            loss = loss + weights.perceptual * values["loss/perceptual"]
-        return loss
-
-    def _adversarial_loss(
-        self, reconstruction_loss: Tensor, reconstruction: Tensor, values: dict[str, Tensor | float]
-    ) -> Tensor:
-        self.discriminator.requires_grad_(False)  # here it only judges; its own turn comes after the update
-        values["loss/adversarial"] = -self.discriminator(reconstruction).mean()
-        self.discriminator.requires_grad_(True)
-        last_weight = self.model.decoder.conv_out.weight
-        weight = adversarial_weight(
-            reconstruction_loss, values["loss/adversarial"], last_weight, mean_over_ranks=self.ranks.mean
-        )
-        return self.config.loss.adversarial * weight * values["loss/adversarial"]
-
-    def _judge(self, pictures: Tensor, reconstruction: Tensor) -> Tensor:
-        """Loss of the discriminator, whose gradients it leaves."""
-        real_logits, fake_logits = self.parallel_discriminator(torch.cat([pictures, reconstruction])).chunk(2)
-        loss = discriminator_loss(real_logits, fake_logits)
-        loss.backward()
-        return loss
-
-    def _agree(self, step: int, losses: dict[str, Tensor], norms: dict[str, Tensor]) -> float:
-        """What all ranks know before the update, in the one wait of a step for the device: whether its numbers are
-        finite, and what the run is asked to do after it. Returns the norm of the tokenizer's gradient.
-
-        Norms are of the gradients of all ranks, so every rank stops at the same step.
-
-        Raises:
-            UserError: a loss or its gradient is not finite.
-        """
-        asked = self.ranks.sum(torch.tensor(self.requests.noted(), device=self.device))
-        numbers = torch.cat([torch.stack(list(norms.values())), asked]).tolist()
-        for (name, loss), norm in zip(losses.items(), numbers):
-            if not math.isfinite(norm):
-                raise UserError(
-                    f"step {step + 1}: the {name} ({loss.item()}) or its gradient (norm {norm}) is not finite; the "
-                    f"same command goes on from the checkpoint before; where it stops here again, lower learning_rate "
-                    f"({self.config.learning_rate}) in another run_dir"
-                )
-        self.request = RequestListener.agreed(numbers[len(norms) :])
-        return numbers[0]
-
-    def _restart_unused_codes(self, step: int, latent_BCHH: Tensor) -> int:
-        """Moves codes that nobody uses onto residuals of this step's pictures, alike on all ranks; returns how many."""
-        quantizer = self.model.quantize
-        unused = unused_codes(quantizer)
-        cells_NC = self.ranks.gather(residual_cells(quantizer, latent_BCHH, self.config.schedule))
-        draws = np.random.default_rng((self.config.seed, 2, step))
-        move_codes(quantizer.embedding.weight, unused, cells_NC, draws, [optimizer for optimizer, _ in self.optimizers])
-        return len(unused)
 
     # ------------------------------------------------------------------------------------------------ records
 
@@ -406,16 +242,12 @@ class TokenizerTraining:
 
     def _save_checkpoint(self, step: int) -> bool:
         """False, after a warning, where it cannot be written: the one before stays, and the next may succeed."""
-        state: dict[str, Any] = {
+        state = {
             "step": step,
             "pictures": self.fingerprint,
             "unreadable": self.unreadable,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+            **self.update.state_dict(),
         }
-        if self.discriminator is not None:
-            state["discriminator"] = self.discriminator.state_dict()
-            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
         try:
             write_checkpoint(self.run_dir, state)
         except OSError as error:
@@ -443,12 +275,7 @@ class TokenizerTraining:
                 f"{self.config.data.pictures} does not hold the same pictures as when {path} was written; "
                 f"put them back, or change run_dir to start anew"
             )
-        self.model.load_state_dict(state["model"])
-        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        if self.discriminator is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
-            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        self.update.load_state_dict(state)
         self.unreadable = dict(state["unreadable"])
         if self.process.rank == 0:
             print(f"going on from step {state['step']} of {self.config.steps}", file=sys.stderr)
@@ -472,8 +299,3 @@ class TokenizerTraining:
                     f"data.pictures {self.config.data.pictures} has fingerprint {found[0][1]} on rank 0 and {pictures} "
                     f"on rank {rank}; give a folder that holds the same files on all nodes"
                 )
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate

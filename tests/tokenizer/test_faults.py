@@ -7,13 +7,11 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,12 +19,12 @@ from safetensors.torch import load_file
 from star_dist.config import TokenizerTrainConfig
 from star_dist.errors import RunEnded, Unreachable, UserError
 from star_dist.process import prepare_process_environment
-from star_dist.tokenizer import run_files, train
+from star_dist.tokenizer import run_files, train, update
 from star_dist.tokenizer.batches import StepBatches
 from star_dist.tokenizer.io import load_tokenizer, save_tokenizer
 from star_dist.tokenizer.run_files import read_checkpoint, write_checkpoint
 from star_dist.tokenizer.train import TokenizerTraining
-from tests.ranks import RankFailed, run_ranks
+from tests.ranks import RankFailed, run_ranks, signal_this_rank_and_its_workers
 from tests.tokenizer.conftest import MakeConfig
 from tests.tokenizer.test_training import killed_after, metrics, rank_main
 
@@ -78,8 +76,7 @@ def test_a_signal_to_one_rank_ends_all_after_a_save(
 
     def at_step_2(rank: int, step: int) -> None:
         if (rank, step) == (1, 2):
-            processes = [os.getpid(), *(child.pid for child in psutil.Process().children())]
-            subprocess.run(["kill", f"-{number.value}", *map(str, processes)], check=True)
+            signal_this_rank_and_its_workers(number)
             time.sleep(0.2)
 
     assert (
@@ -102,7 +99,7 @@ def test_files_ask_for_a_save_and_for_the_end(make_config: MakeConfig) -> None:
         if rank == 0 and step == 2:
             (run_dir / "SAVE").touch()
         if rank == 0 and step == 4:
-            assert torch.load(run_dir / "checkpoint.pt")["step"] == 3
+            assert read_checkpoint(run_dir)["step"] == 3
             (run_dir / "STOP").touch()
         time.sleep(1.1 if step in (2, 4) else 0)  # files are looked for once a second
 
@@ -287,10 +284,10 @@ def test_a_discriminator_that_is_not_finite_stops_before_any_update(
     config = make_config(**ADVERSARIAL)
     trainer = TokenizerTraining(config, prepare_process_environment(), torch.device("cpu"))
     batch = StepBatches(trainer.pictures, 0, 4, 0, 1, False)[0]
-    modules = trainer.model, trainer.discriminator
+    modules = trainer.update.model, trainer.update.discriminator
     before = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in modules]
-    loss = train.discriminator_loss
-    monkeypatch.setattr(train, "discriminator_loss", lambda *logits: loss(*logits) * torch.nan)
+    loss = update.discriminator_loss
+    monkeypatch.setattr(update, "discriminator_loss", lambda *logits: loss(*logits) * torch.nan)
     with pytest.raises(UserError, match=r"step 2: the discriminator's loss \(nan\) or its gradient \(norm nan\)"):
         trainer._train_step(1, batch)
     for module, weights in zip(modules, before):
@@ -304,7 +301,7 @@ def test_checkpoints_between_reports_know_what_every_rank_has_skipped(
     config = make_config(data={"pictures": str(folder), "horizontal_flip": False}, global_batch=8, log_every=100)
     with pytest.raises(RankFailed):
         run_ranks(killed_after, 2, config, 3)
-    assert len(torch.load(Path(config.run_dir) / "checkpoint.pt")["unreadable"]) == 6
+    assert len(read_checkpoint(Path(config.run_dir))["unreadable"]) == 6
     run_ranks(rank_main, 2, config)
     listed = (Path(config.run_dir) / "unreadable.jsonl").read_text().splitlines()
     assert [Path(json.loads(line)["file"]).name for line in listed] == [f"00{i}.png" for i in range(6)]

@@ -32,7 +32,8 @@ from star_dist.tokenizer.muon import orthogonalize
 from star_dist.tokenizer.optim import build_optimizers, initialize
 from star_dist.tokenizer.quantizer import Phi
 from star_dist.tokenizer.reconstructions import draw_reconstructions, psnr
-from star_dist.tokenizer.train import LAST_RESTART_FRACTION, TokenizerTraining, train_tokenizer
+from star_dist.tokenizer.train import TokenizerTraining, train_tokenizer
+from star_dist.tokenizer.update import LAST_RESTART_FRACTION
 from tests.ranks import RankFailed, run_ranks
 from tests.tokenizer.conftest import MakeConfig
 
@@ -144,7 +145,7 @@ def test_unused_codes_move_onto_residuals(make_config: MakeConfig) -> None:
     values = trainer._train_step(1, batches[1])
     assert values["codebook/restarted"] >= 27
     assert quantizer.embedding.weight.abs().max() < 50
-    (adamw, _), _ = trainer.optimizers
+    (adamw, _), _ = trainer.update.optimizers
     assert not adamw.state[quantizer.embedding.weight]["exp_avg_sq"][5:].any()
     for step in range(2, 4):
         trainer._train_step(step, batches[step])

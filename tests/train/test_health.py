@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -28,7 +26,7 @@ from star_dist.train.facts import (
 from star_dist.train.places import LocalPlace
 from star_dist.train.spikes import SkippedData, SpikeDetector, StepLosses
 from star_dist.train.status import run_status
-from tests.ranks import RankFailed, run_ranks
+from tests.ranks import RankFailed, run_ranks, signal_this_rank_and_its_workers
 from tests.train.runs import metrics, train, train_on, weights
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +70,7 @@ def test_a_signal_to_one_rank_ends_all_after_a_save(
 
     def at_step_2(rank: int, step: int) -> None:
         if (rank, step) == (1, 2):
-            processes = [os.getpid(), *(child.pid for child in psutil.Process().children())]
-            subprocess.run(["kill", f"-{number.name.removeprefix('SIG')}", *map(str, processes)], check=True)
+            signal_this_rank_and_its_workers(number)
             time.sleep(0.5)
 
     ends = ended(config, at_step_2)
