@@ -86,7 +86,8 @@ def zero_number(config: RunConfig, name: str) -> float:
     """A number of `deepspeed.zero_optimization`, by default DeepSpeed's.
 
     Raises:
-        UserError: the run's config gives another kind of value, which DeepSpeed refuses when the training starts.
+        UserError: the run's config gives another kind of value: "auto", which DeepSpeed takes for its default, or what
+            it refuses or reads in its own way when the training starts.
     """
     value = config.deepspeed.get("zero_optimization", {}).get(name, DEFAULT_ZERO[name])
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
