@@ -1,8 +1,8 @@
 """Names and shapes of the public STAR transformers and the public VAR tokenizer, and the way there and back.
 
-The transformer's computing parameters have the same names and shapes as ours. The public layout has two kinds more
-(golden/star_official_layout.json): a class embedding that STAR never uses, and zero buffers that stand for the keys'
-absent bias.
+The transformer's computing parameters have the same names and shapes as ours. The public layout
+(tests/golden/star_official_layout.json) has two kinds more: a class embedding that STAR never uses, and zero buffers
+that stand for the keys' absent bias.
 """
 
 from __future__ import annotations

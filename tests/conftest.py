@@ -43,11 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """The recorded runs of the public implementations (shared/golden, beside the checkout)."""
-    path = Path(__file__).parents[1].parent / "shared" / "golden"
-    if not path.is_dir():
-        pytest.skip(f"recorded goldens are not at {path}")
-    return path
+    """The recorded runs of the public implementations."""
+    return Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")

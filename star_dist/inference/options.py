@@ -33,7 +33,7 @@ class SamplingOptions:
     """One value for all scales, or a tuple with one for each scale, coarse to fine.
 
     guidance: 0 is off; it grows linearly over the scales, from 0 at the first to this value at the last (the published
-    rule, golden/README.md). guidance_by_scale: strengths of the scales, 0 for none, in place of that ramp.
+    rule, tests/golden/README.md). guidance_by_scale: strengths of the scales, 0 for none, in place of that ramp.
     top_k: keep the k likeliest tokens; 0 is off, 1 is greedy. top_p: keep the likeliest tokens that together hold p;
     0 is off. temperature: divides the logits; 1e-6 or more. smoothing: 0 is off; else, from 1e-6 on, the code that goes
     on to the next scale and into the picture is a mixture of the kept codes, softmax((log p + Gumbel noise) /

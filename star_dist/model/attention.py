@@ -1,7 +1,7 @@
 """Block-causal self-attention and ragged cross-attention over packed batches: one facade, several kernels.
 
 T image tokens of the batch, S text tokens of the batch, H heads, d channels of a head. Queries and keys come
-normalised, so the softmax scale is 1 (golden/README.md). A token of scale k sees scales 1..k of its own sample;
+normalised, so the softmax scale is 1 (tests/golden/README.md). A token of scale k sees scales 1..k of its own sample;
 cross-attention sees the text of its own sample.
 """
 

@@ -1,7 +1,7 @@
 """The transformer block of STAR: self-attention, cross-attention to the text, feed-forward, each behind a LayerNorm.
 
 T image tokens of the batch, S text tokens, D width, H heads, d channels of a head. Parameter names are those of the
-public checkpoints (golden/star_official_layout.json).
+public checkpoints (tests/golden/star_official_layout.json).
 """
 
 from __future__ import annotations

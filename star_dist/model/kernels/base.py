@@ -1,7 +1,7 @@
 """What every attention kernel offers.
 
 T image tokens of the packed batch, S text tokens, H heads, d channels of a head. Queries and keys come normalised, so
-the softmax scale is 1 (golden/README.md).
+the softmax scale is 1 (tests/golden/README.md).
 """
 
 from __future__ import annotations
