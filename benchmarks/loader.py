@@ -40,7 +40,7 @@ from star_dist.process import prepare_process_environment
 
 WORDS = ("red", "fox", "fresh", "snow", "golden", "portrait", "lighthouse", "cliff", "above", "stormy", "sea")
 CAPTION_WORDS = 20
-H200_IMAGES_PER_S = 80  # what one H200 trains of d30 at 256 pixels, as the issue reckons it
+H200_IMAGES_PER_S = 80  # d30 at 256 pixels at an MFU of 0.54, above the 73 measured (docs/performance.md)
 SHARD_BYTES = 16 * 2**20
 
 

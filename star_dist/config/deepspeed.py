@@ -95,7 +95,7 @@ def check_deepspeed_section(section: dict[str, Any], zero_stage: int, precision:
     _check_names("deepspeed.zero_optimization", zero, ZERO_KEYS, ZERO_KEYS)
     for key, source in DERIVED_KEYS.items():
         if look_up(section, key) is not None:
-            raise ValueError(f"deepspeed.{key} is derived from {source}; set it there and remove it here")
+            raise ValueError(f"deepspeed.{key} is what star-dist sets; use {source}, and remove it here")
     for key, first_stage in (("offload_optimizer", 1), ("offload_param", 3)):
         device = look_up(zero, f"{key}.device")
         if device == "nvme":
