@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +10,16 @@ import torch
 from PIL import Image
 
 from star_dist.config import CaptionConfig
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError, first_line
+from star_dist.text import is_unreachable
 
 
 class Captioner:
     """A model with its processor, by their Hugging Face id or folder; greedy, so the same picture has one caption.
 
     Raises:
-        UserError: the model cannot be loaded, or is none that turns pictures into text, or needs a prompt.
+        UserError: the model cannot be loaded, lacks weights, is none that turns pictures into text, or does not go with
+            the prompt. Unreachable: the hub does not answer.
     """
 
     def __init__(self, config: CaptionConfig, device: torch.device) -> None:
@@ -25,10 +28,30 @@ class Captioner:
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.tokenizer.padding_side = "left"  # so that all new tokens start at the same place
         self.text = self._prompt_text()
+        self._check_captions()
 
-    @torch.inference_mode()
     def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
         """One caption per picture, in one line."""
+        return self._captions(pictures, self.config.max_new_tokens)
+
+    def _check_captions(self) -> None:
+        """Captions two pictures by one token.
+
+        Raises:
+            UserError: the model does not go with the prompt, or without one.
+        """
+        try:
+            self._captions([Image.new("RGB", (64, 64))] * 2, 1)
+        except UserError:
+            raise
+        except Exception as error:  # every kind of model has its own way to say what it misses
+            raise UserError(
+                f"model {self.config.model!r} cannot caption pictures with prompt {json.dumps(self.config.prompt)}: "
+                f"{first_line(error)}; change prompt, or take another model"
+            ) from None
+
+    @torch.inference_mode()
+    def _captions(self, pictures: Sequence[Image.Image], max_new_tokens: int) -> list[str]:
         inputs: dict[str, Any] = {"images": [[picture] for picture in pictures] if self.nested else list(pictures)}
         if self.text is not None:
             inputs |= {"text": [self.text] * len(pictures), "padding": True}
@@ -37,7 +60,7 @@ class Captioner:
         encoded = self.processor(**inputs, return_tensors="pt").to(self.device)
         if "pixel_values" in encoded:
             encoded["pixel_values"] = encoded["pixel_values"].to(self.model.dtype)
-        made = self.model.generate(**encoded, max_new_tokens=self.config.max_new_tokens, do_sample=False)
+        made = self.model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
         prompt = encoded.get("input_ids")
         if prompt is not None and made.shape[1] >= prompt.shape[1]:
             # Decoder-only models repeat the prompt before their answer, others do not.
@@ -87,11 +110,19 @@ def _load(config: CaptionConfig, device: torch.device) -> tuple[Any, Any]:
             processor = _PictureProcessor(
                 AutoImageProcessor.from_pretrained(config.model), AutoTokenizer.from_pretrained(config.model)
             )
-        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model {config.model!r} could not be loaded: {reason} (model takes a Hugging Face id or folder of an "
-            f"image-to-text or vision-language model)"
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            config.model, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # of damaged files: SafetensorError, tokenizers' bare Exception
+        kind = Unreachable if is_unreachable(error) else UserError
+        raise kind(
+            f"model {config.model!r} could not be loaded: {first_line(error)} (model takes a Hugging Face id or folder "
+            f"of an image-to-text or vision-language model)"
         ) from None
+    # transformers fills them with random values; poolers take no part in captions.
+    missing = [key for key in sorted(found["missing_keys"]) if "pooler." not in key]
+    if missing:
+        raise UserError(
+            f"model {config.model!r} lacks {len(missing)} of its weights, such as {missing[0]}; get it anew"
+        )
     return processor, model.to(device).eval()

@@ -34,6 +34,8 @@ from star_dist.errors import UserError
 from star_dist.object_store import ObjectStore, open_store
 
 REJECTS_SUFFIX = ".rejects"
+MIN_SIDE = 4  # transformers takes a picture of 1 or 3 rows for one whose first dimension are its channels
+MAX_ASPECT = 200  # processors of Qwen's models raise an error beyond it
 
 
 def caption(
@@ -182,6 +184,8 @@ class _CaptionJob:
         except (Rejected, UnreadablePicture) as error:
             return str(error)
         image.thumbnail((self.config.side, self.config.side), Image.Resampling.LANCZOS)
+        if min(image.size) < MIN_SIDE or max(image.size) > MAX_ASPECT * min(image.size):
+            return f"too narrow for captioners: {image.width} x {image.height} pixels"
         return image
 
 

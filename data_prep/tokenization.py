@@ -88,6 +88,8 @@ def tokenize_partition(
             print(f"{config.output} is complete, nothing to do")
             return None
     source = open_source(config.source, config.storage, tuple(config.min_scores))
+    if not source.caption_names:
+        raise UserError("source.captions and source.recaptions are both empty; name the captions to train on")
     units = partition.of(source.units)
     job = join_job(store, describe_job(config, source, tokenizer.config, hash_of_tokenizer, partition.count))
     with unfinished_work(config.output, config.work, job.hash, partition) as work:

@@ -73,11 +73,10 @@ def main() -> None:
             "text": {key: value for key, value in text.items() if value is not None},
         }
         from star_dist.conversion import from_public
-        from star_dist.public_layout import Untold
+        from star_dist.public_layout import PublicCheckpointOptions
 
-        given = parse_config(
-            Untold, {key: value for key, value in options.items() if value is not None}, "options of from-public"
-        )
+        typed = {key: value for key, value in options.items() if value is not None}
+        given = parse_config(PublicCheckpointOptions, typed, "options of from-public")
         files = Path(arguments.transformer), Path(arguments.tokenizer)
         config = from_public(*files, Path(arguments.out), given, arguments.licence)
         model = config.model

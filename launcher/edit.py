@@ -9,14 +9,15 @@ scales, so layout and colours, and draws the details anew. Several pictures (--c
 from star_dist.cli import command_parser, run_command
 from star_dist.inference.arguments import (
     add_model_arguments,
+    add_sampling_arguments,
     add_seed_argument,
     check_amounts,
     check_seeds,
     load_pipeline,
     numbered_paths,
     picture_path,
+    sampling_options,
 )
-from star_dist.inference.options import add_sampling_arguments, sampling_options
 
 WAYS = {
     "inpaint": "draw the white part of a mask anew, and keep the rest of a picture",

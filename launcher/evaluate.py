@@ -34,15 +34,18 @@ def main() -> None:
     if arguments.num_samples is not None:
         overrides.append(f"validation.num_samples={arguments.num_samples}")
     config = load_config(RunConfig, arguments.config or folder / CONFIG_FILE, overrides)
+    if arguments.out:  # one that cannot be is found before anything is evaluated
+        if Path(arguments.out).is_dir():
+            raise UserError(f"--out {arguments.out} is a folder; name a file, in it or elsewhere")
+        Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     prepare_process_environment(config.train.omp_threads)
 
     from star_dist.train.evaluation import evaluate
 
     result = json.dumps(evaluate(folder, config, arguments.step), indent=2)
-    if arguments.out:
-        Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(Path(arguments.out), result + "\n")
     print(result)
+    if arguments.out:
+        write_text_atomically(Path(arguments.out), result + "\n")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ Several prompts make several files (out-0.png, out-1.png, …); --prompts-file t
 from star_dist.cli import command_parser, run_command
 from star_dist.inference.arguments import (
     add_model_arguments,
+    add_sampling_arguments,
     add_seed_argument,
     check_amounts,
     check_seeds,
     load_pipeline,
     numbered_paths,
     picture_path,
+    sampling_options,
 )
-from star_dist.inference.options import add_sampling_arguments, sampling_options
 
 
 def main() -> None:

@@ -9,12 +9,13 @@ from star_dist.cli import command_parser, run_command
 from star_dist.inference.arguments import (
     JPEG_LONGEST_SIDE,
     add_model_arguments,
+    add_sampling_arguments,
     add_seed_argument,
     check_seeds,
     load_pipeline,
     picture_path,
+    sampling_options,
 )
-from star_dist.inference.options import add_sampling_arguments, sampling_options
 
 
 def main() -> None:

@@ -74,8 +74,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 @contextlib.contextmanager
 def _full_disk_is_a_mistake() -> Iterator[None]:
-    """Raises:
-    UserError: in place of the error of a disk that is full or of a quota that is used up.
+    """Turns the error of a disk that is full, or of a quota that is used up, into a message.
+
+    Raises:
+        UserError: in place of that error.
     """
     try:
         yield

@@ -33,7 +33,7 @@ from star_dist.model.star import STAR
 from star_dist.model_card import ModelFacts
 from star_dist.public_layout import (
     CLASS_EMBEDDING,
-    Untold,
+    PublicCheckpointOptions,
     check_weights,
     infer_star_config,
     infer_tokenizer_config,
@@ -59,7 +59,7 @@ class RecordedSource(Section):
     facts: ModelFacts = ModelFacts()  # older records have none
 
 
-class Record(Untold):
+class ConversionRecord(PublicCheckpointOptions):
     """What `from_public` takes from the record of `to_public`; the defaults are for where there is none.
 
     text_encoder_copied: whether a copy of `text.encoder` lies in `text_encoder` beside the record.
@@ -70,13 +70,13 @@ class Record(Untold):
 
 
 def from_public(
-    transformer: Path, tokenizer: Path, out: Path, given: Untold, licence: str | None = None
+    transformer: Path, tokenizer: Path, out: Path, given: PublicCheckpointOptions, licence: str | None = None
 ) -> ExportConfig:
     """Writes the inference folder of public checkpoint files (.pth or .safetensors); returns what its config says.
 
     Sizes are read off the tensors. What they do not tell is `given`, or stands in the record of `to_public` beside the
     transformer. The text encoder's width is set to what the transformer takes. bf16 weights stay bf16; others are
-    stored in fp32, which holds fp16 exactly. licence: of the weights; null takes the record's.
+    stored in fp32, which holds fp16 exactly. licence: of the weights; None takes the record's.
 
     Raises:
         UserError: files that are damaged or hold something else, scales for another number of levels, or a record
@@ -152,7 +152,7 @@ def to_public(source: str | Path, out: Path, kind: Literal["pth", "safetensors"]
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     public = public_weights(weights, config.model, extras.get(CLASS_EMBEDDING))
     copied = folder / TEXT_ENCODER_FOLDER
-    recorded = Record(
+    recorded = ConversionRecord(
         scales=config.model.scales,
         tokenizer_scales=tokenizer.config.scales,
         rope_convention=config.model.rope_convention,
@@ -183,14 +183,15 @@ def to_public(source: str | Path, out: Path, kind: Literal["pth", "safetensors"]
     return record
 
 
-def _with_record(given: Untold, path: Path) -> Record:
+def _with_record(given: PublicCheckpointOptions, path: Path) -> ConversionRecord:
     """What the record of `to_public` says, where there is one, and what was given where it says nothing.
 
     Raises:
         UserError: the two contradict each other, or the record is damaged.
     """
     values = read_json_object(path, f"{path} does not exist") if path.is_file() else {}
-    recorded = parse_config(Record, {name: values[name] for name in Record.model_fields if name in values}, str(path))
+    known = {name: values[name] for name in ConversionRecord.model_fields if name in values}
+    recorded = parse_config(ConversionRecord, known, str(path))
     unrecorded = given.model_fields_set - recorded.model_fields_set
     untold = recorded.model_copy(update={name: getattr(given, name) for name in unrecorded})
     for prefix, typed, result in (("", given, untold), ("text.", given.text, untold.text)):

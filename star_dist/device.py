@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from star_dist.errors import UserError
+from star_dist.errors import UserError, first_line
 from star_dist.process import ProcessInfo, check_gpus_are_there
 
 
@@ -22,7 +22,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"there is no device {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"there is no device {name}: {first_line(error)}") from None
     return device
 
 

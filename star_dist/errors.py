@@ -1,5 +1,13 @@
 """What ends a command with one line and never with a traceback: a user's mistake, or a wish to end."""
 
+LONGEST_LINE = 1000  # letters; transformers lists hundreds of names in one
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line of our own message; its type where it says nothing."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "…"
+
 
 class UserError(ValueError):
     """A mistake in input, configuration or files; the message says what was found and what to change.

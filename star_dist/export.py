@@ -27,14 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from star_dist.config import RunConfig, Section, TextSection
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError, first_line
 from star_dist.files import read_json_object
 from star_dist.model.config import StarConfig
 from star_dist.model.star import STAR
 from star_dist.model_card import ModelFacts, model_card
 from star_dist.public_layout import check_weights
 from star_dist.scales import ScaleSchedule
-from star_dist.text import portable_name, save_text_encoder
+from star_dist.text import is_unreachable, portable_name, save_text_encoder
 from star_dist.tokenizer.io import load_tokenizer, save_tokenizer, tokenizer_hash
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.weights import WRITTEN_FILES, read_weights, read_weights_folder, write_weights
@@ -192,7 +192,7 @@ def fetch_inference_folder(source: str | Path, revision: str | None = None) -> P
     """A folder as it is, or the local copy of a Hugging Face model id, fetched where it is not there yet.
 
     Raises:
-        UserError: neither, or the hub cannot be reached.
+        UserError: neither. Unreachable: the hub does not answer.
     """
     folder = Path(source)
     if folder.exists() or not HUB_ID.fullmatch(str(source)):
@@ -204,8 +204,8 @@ def fetch_inference_folder(source: str | Path, revision: str | None = None) -> P
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(HUB_PATTERNS)))
     except (OSError, ValueError) as error:  # what the hub's own errors and those of the network are kinds of
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"there is no folder {source}, and no Hugging Face model of that id: {reason}") from None
+        kind = Unreachable if is_unreachable(error) else UserError
+        raise kind(f"there is no folder {source}, and no Hugging Face model of that id: {first_line(error)}") from None
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, attention: str = "auto") -> tuple[ExportConfig, STAR]:
@@ -251,13 +251,8 @@ def initial_weights_from(source: str | Path, config: RunConfig, run_tokenizer_ha
     folder = fetch_inference_folder(source)
     exported, model = load_model(folder, dtype=torch.float32)
     wanted = config.star_config()
-    for field in dataclasses.fields(StarConfig):
-        before, now = getattr(exported.model, field.name), getattr(wanted, field.name)
-        if field.name != "scales" and before != now:
-            raise UserError(
-                f"{source} was trained with {_option(field.name)} {before}, the run has {now}; change the run's, or "
-                f"start from another train.init_from"
-            )
+    same_scales = dataclasses.replace(wanted, scales=exported.model.scales)
+    check_architecture(source, exported.model, same_scales, "change the run's, or start from another train.init_from")
     if exported.tokenizer_hash != run_tokenizer_hash:
         raise UserError(
             f"{source} was trained on tokens of tokenizer {exported.tokenizer_hash}, the run's tokenizer.path has "
@@ -270,6 +265,18 @@ def initial_weights_from(source: str | Path, config: RunConfig, run_tokenizer_ha
     with torch.device("meta"):
         target = STAR(wanted, config.model.attention)
     return check_weights(weights, target, str(source))
+
+
+def check_architecture(source: str | Path, trained: StarConfig, wanted: StarConfig, advice: str) -> None:
+    """Raises an error that names the first option in which a trained model is another than is wanted.
+
+    Raises:
+        UserError: with both values and the advice.
+    """
+    for field in dataclasses.fields(StarConfig):
+        before, now = getattr(trained, field.name), getattr(wanted, field.name)
+        if before != now:
+            raise UserError(f"{source} was trained with {_option(field.name)} {before}, the config has {now}; {advice}")
 
 
 def other_text(source: str | Path, config: RunConfig) -> list[str]:
@@ -288,5 +295,10 @@ def other_text(source: str | Path, config: RunConfig) -> list[str]:
 
 def _option(field: str) -> str:
     """The option of a run's config that decides a field of the architecture."""
-    other = {"vocab_size": "tokenizer.vocab_size", "code_dim": "tokenizer.code_dim", "text_width": "text.width"}
+    other = {
+        "scales": "scales",
+        "vocab_size": "tokenizer.vocab_size",
+        "code_dim": "tokenizer.code_dim",
+        "text_width": "text.width",
+    }
     return other.get(field, f"model.{field}")

@@ -31,7 +31,7 @@ PUBLIC_CLASSES = 1001
 ZERO_BUFFER = "zero_k_bias"
 
 
-class Untold(Section):
+class PublicCheckpointOptions(Section):
     """What the files of a public checkpoint do not tell; the defaults are the public models'.
 
     scales: empty where they are not known. tokenizer_scales: those it was trained with; empty takes the public ten
@@ -52,7 +52,7 @@ class Untold(Section):
     tokenizer_hash: str | None = None
 
     @model_validator(mode="after")
-    def _scales_are_schedules(self) -> Untold:
+    def _scales_are_schedules(self) -> PublicCheckpointOptions:
         for scales in (self.scales, self.tokenizer_scales):
             if scales:
                 ScaleSchedule(scales)
@@ -63,7 +63,7 @@ class Untold(Section):
 
         The scales are an argument there, but one for the transformer and the tokenizer together.
         """
-        public = Untold()
+        public = PublicCheckpointOptions()
         constants = ("rope_convention", "rope_theta", "rope_extent", "norm_groups")
         changes = {name: getattr(self, name) for name in constants if getattr(self, name) != getattr(public, name)}
         if len(self.tokenizer_scales) != len(self.scales):
@@ -118,7 +118,7 @@ def public_weights(
     return public
 
 
-def infer_star_config(weights: Mapping[str, Tensor], untold: Untold, source: str) -> StarConfig:
+def infer_star_config(weights: Mapping[str, Tensor], untold: PublicCheckpointOptions, source: str) -> StarConfig:
     """The architecture of a public transformer: what its shapes tell, and scales and RoPE from `untold`.
 
     Raises:
@@ -153,7 +153,7 @@ def infer_star_config(weights: Mapping[str, Tensor], untold: Untold, source: str
         raise UserError(f"{source} is {what}: {error}") from None
 
 
-def infer_tokenizer_config(weights: Mapping[str, Tensor], untold: Untold, source: str) -> VQVAEConfig:
+def infer_tokenizer_config(weights: Mapping[str, Tensor], untold: PublicCheckpointOptions, source: str) -> VQVAEConfig:
     """The architecture of a public tokenizer: what its shapes tell, and scales and norm groups from `untold`.
 
     Raises:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from star_dist.config import TextSection
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unreachable, UserError, first_line
 from star_dist.model.layout import copy_to_device
 
 
@@ -49,12 +49,13 @@ class TextFeatures:
 
 
 class TextEncoder:
-    """Any Hugging Face text encoder: CLIP text models, T5 encoders, BERT-like encoders.
+    """Any Hugging Face text encoder: CLIP text models, T5 encoders, BERT-like encoders, decoders such as Qwen's.
 
     copy: the folder of a copy, to load in place of what `config.encoder` names.
 
     Raises:
-        UserError: the model cannot be found, its width is not the configured one, or it cannot take as many tokens.
+        UserError: the model cannot be found or does not encode text alone, its width is not the configured one, or it
+            cannot take as many tokens.
     """
 
     def __init__(
@@ -67,12 +68,12 @@ class TextEncoder:
         self.config, self.copy = config, copy
         self.tokenizer, self.model = _load(config, dtype, copy)
         self.model.eval().requires_grad_(False)
-        width = getattr(self.model.config, "hidden_size", None) or self.model.config.d_model
+        self.device = torch.device("cpu")  # an index that is out of range would end every later use of a GPU
+        width = self._width()
         if width != config.width:
             raise UserError(
                 f"text encoder {config.encoder} has width {width}, text.width is {config.width}; change one"
             )
-        self.device = torch.device("cpu")  # an index that is out of range would end every later use of a GPU
         self._check_max_tokens()
         self.to(device)
 
@@ -111,6 +112,22 @@ class TextEncoder:
             tuple(lengths[place] for place in places),
         )
 
+    def _width(self) -> int:
+        """Of the features, found by encoding a short caption.
+
+        Raises:
+            UserError: the model wants more than text, or has no pooled output where that is asked for.
+        """
+        try:
+            return self._encode(["a"]).hidden_SW.shape[1]
+        except UserError:
+            raise
+        except Exception as error:  # every kind of model has its own way to say what it misses
+            raise UserError(
+                f"text encoder {self.config.encoder} of kind {self.model.config.model_type} does not encode text "
+                f"alone: {first_line(error)}; take a text model of CLIP, a T5, a model like BERT or a decoder of text"
+            ) from None
+
     def _check_max_tokens(self) -> None:
         """Encodes as long a caption as there can be.
 
@@ -120,7 +137,6 @@ class TextEncoder:
         positions = getattr(self.model.config, "max_position_embeddings", None)
         if positions is None:
             return  # T5 takes any length, and the largest would be slow here
-        self._encode(["a"])  # what fails here already has another reason than the length
         try:
             self._encode(["a " * self.config.max_tokens])
         except (IndexError, RuntimeError, ValueError):
@@ -131,7 +147,8 @@ class TextEncoder:
 
     @cached_property
     def _empty_caption(self) -> TextFeatures:
-        return self._encode([""])
+        # Tokenizers that add nothing of their own (Qwen's, GPT-2's) make no token of it; a model needs one.
+        return self._encode(["" if self.tokenizer("")["input_ids"] else self.tokenizer.pad_token])
 
     def _encode(self, captions: Sequence[str]) -> TextFeatures:
         batch = self.tokenizer(
@@ -199,12 +216,18 @@ def portable_name(config: TextSection) -> str:
     """What an export calls a text encoder: of a folder the last part, because an export is for other machines."""
     if config.encoder.startswith(PACKAGE_PREFIX) or not Path(config.encoder).is_dir():
         return config.encoder
-    return Path(config.encoder).name
+    return Path(os.path.abspath(config.encoder)).name  # of "." too
 
 
 PACKAGE_PREFIX = "package:"
 # Classes of the text half of models that have another half, by model type.
-TEXT_PARTS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
+TEXT_PARTS = {
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
 
 
 def _local_path(encoder: str) -> Path:
@@ -218,7 +241,7 @@ def _local_path(encoder: str) -> Path:
     return Path(found.origin).parent / folder
 
 
-def _is_unreachable(error: BaseException | None) -> bool:
+def is_unreachable(error: BaseException | None) -> bool:
     """Whether the Hugging Face hub, which was asked, did not answer."""
     from huggingface_hub import constants, errors
 
@@ -250,11 +273,13 @@ def _load(config: TextSection, dtype: torch.dtype, copy: Path | None = None):
             output_loading_info=True,
         )
     except Exception as error:  # of damaged files: SafetensorError, TypeError, tokenizers' bare Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        kind = Unreachable if _is_unreachable(error) else UserError
+        kind = Unreachable if is_unreachable(error) else UserError
+        lacking = "" if importlib.util.find_spec("sentencepiece") else "; a spiece.model alone needs sentencepiece"
         raise kind(
-            f"text encoder {name!r} could not be loaded: {reason} "
-            f"(text.encoder takes a Hugging Face id, a local folder or package:NAME/FOLDER)"
+            f"text encoder {name!r} could not be loaded: {first_line(error)} "
+            f"(text.encoder takes a Hugging Face id, a local folder or package:NAME/FOLDER; the model is looked for in "
+            f"its text.encoder_subfolder {config.encoder_subfolder!r}, as safetensors, and the tokenizer in its "
+            f"text.tokenizer_subfolder {config.tokenizer_subfolder!r}{lacking})"
         ) from None
     # transformers fills them with random values. BERT-like models often come without the pooler, which mean leaves out.
     missing = [key for key in sorted(found["missing_keys"]) if config.pooling == "pooler" or "pooler." not in key]
@@ -264,4 +289,6 @@ def _load(config: TextSection, dtype: torch.dtype, copy: Path | None = None):
             + (", or set text.pooling to mean" if all("pooler." in key for key in missing) else "")
         )
     tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:  # Llama's and GPT-2's; what stands in padding is masked
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, model

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from star_dist.errors import UserError
+from star_dist.errors import UserError, first_line
 from star_dist.files import read_json_object
 
 MAX_SHOWN_PROBLEMS = 5
@@ -42,8 +42,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # the readers check little: damaged files end in errors of any kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is no file of tensors, or a damaged one: {reason}") from None
+        raise UserError(f"{path} is no file of tensors, or a damaged one: {first_line(error)}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} does not hold a dictionary of tensors")
     return weights

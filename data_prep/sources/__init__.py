@@ -37,12 +37,12 @@ class SourceOptions(Section):
     """What every kind takes.
 
     path: a folder or `s3://bucket/prefix`. captions: names of captions and where the source has them (a column or
-    field); every picture must have the first. recaptions: names of captions that `data_prep.caption` made, and the
-    folder or `s3://…` where it wrote them.
+    field), `{}` where it has none. recaptions: names of captions that `data_prep.caption` made, and the folder or
+    `s3://…` where it wrote them. Every picture must have the first of all.
     """
 
     path: str
-    captions: Annotated[dict[CaptionName, str], Field(min_length=1)] = {"original": "caption"}
+    captions: dict[CaptionName, str] = {"original": "caption"}
     recaptions: dict[CaptionName, str] = {}
 
 
@@ -193,7 +193,9 @@ class SourceBase:
         Raises:
             DamagedFields: the .txt is not UTF-8.
         """
-        first = next(iter(self.options.captions.values()))
+        first = next(iter(self.options.captions.values()), None)
+        if first is None:
+            return
         caption = fields.get(first)
         if not isinstance(caption, str) or not caption.strip():
             fields[first] = parse_text(read())

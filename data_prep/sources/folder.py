@@ -41,7 +41,7 @@ class Source(SourceBase):
     """Pictures of a folder or prefix; see the module. Whether a picture can be read shows only when it is read.
 
     Raises:
-        UserError: no such folder, no captions at all, or a listing that is no JSON or CSV.
+        UserError: no such folder, no captions where some are named, or a listing that is no JSON or CSV.
     """
 
     def __init__(self, options: SourceOptions, storage: StorageSection, score_names: Sequence[str]) -> None:
@@ -54,8 +54,9 @@ class Source(SourceBase):
         if listings:
             read = _read_csv if listings[0].endswith(".csv") else _read_jsonl
             self._listed = read(_decoded(self.store.read(listings[0]), f"{options.path}/{listings[0]}"))
-            column = next(iter(options.captions.values()))
-            if self._listed and not any(isinstance((row or {}).get(column), str) for row in self._listed.values()):
+            column = next(iter(options.captions.values()), None)
+            rows = self._listed.values()
+            if rows and column is not None and not any(isinstance((row or {}).get(column), str) for row in rows):
                 raise UserError(
                     f'no line of {options.path}/{listings[0]} has "{column}" with a string; source.captions names the '
                     f"fields of captions"
@@ -91,10 +92,11 @@ class Source(SourceBase):
         pictures = sorted(name for name in names if PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES)
         candidates = {_beside(name, suffix) for name in pictures for suffix in SIDECARS}
         sidecars = frozenset(candidates & names)
-        if not sidecars:
+        if not sidecars and self.options.captions:
             raise UserError(
                 f"{self.options.path} holds {len(pictures)} pictures but no captions: neither {' nor '.join(LISTINGS)} "
-                f"nor a .txt or .json beside any picture"
+                f"nor a .txt or .json beside any picture; set source.captions={{}} to caption them (data_prep.caption) "
+                f"or where source.recaptions has their captions"
             )
         return pictures, sidecars
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep.sources import DamagedUnit, Description, FileOptions, FileSource, SourceItem
 from star_dist.config import StorageSection
-from star_dist.errors import UserError
+from star_dist.errors import UserError, first_line
 
 ROWS_AT_ONCE = 64  # pictures held in memory
 
@@ -125,7 +125,7 @@ class _ParquetFile:
         """What an error of the library means: a fault of the content, or of the storage, which has a number."""
         if isinstance(error, OSError) and error.errno is not None:
             return UserError(f"cannot read {self.place}: {error.strerror}; run the same command again")
-        return DamagedUnit(self.place, "damaged Parquet file", f"{found} ({str(error).strip().splitlines()[0]})")
+        return DamagedUnit(self.place, "damaged Parquet file", f"{found} ({first_line(error)})")
 
     @staticmethod
     def _row(batch: Any, row: int) -> dict[str, Any]:

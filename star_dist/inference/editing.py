@@ -31,7 +31,7 @@ class KnownLatent:
     """Forces tokens so that the drawn latent comes to a target wherever that is known (`sampler.KnownTokens`).
 
     target_BCHH: the known picture's latent. known_B1HH: 1 where it is known, else 0. num_scales: force tokens of the
-    first scales alone; null forces them at all.
+    first scales alone; None forces them at all.
     """
 
     def __init__(

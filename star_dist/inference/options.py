@@ -5,7 +5,6 @@ Imports no torch, so that commands check what was typed at once.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,45 +86,6 @@ class SamplingOptions:
         ramp = [self.guidance * scale / max(num_scales - 1, 1) for scale in range(num_scales)]
         columns["guidance"] = columns.pop("guidance_by_scale", ramp)
         return [ScaleOptions(**dict(zip(columns, row))) for row in zip(*columns.values())]
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of drawing, read by `sampling_options`; A,B,… stands for one value per scale, coarse to fine."""
-    group = parser.add_argument_group("drawing", "N may be one value, or one for each scale: A,B,… coarse to fine")
-    group.add_argument("--guidance", type=float, default=4.0, help="at the last scale, from 0 at the first (default 4)")
-    group.add_argument("--guidance-by-scale", metavar="A,B,…", help="strength at each scale in place of that ramp")
-    group.add_argument(
-        "--top-k", default="0", metavar="N", help="keep the N likeliest tokens; 1 is greedy, 0 keeps all"
-    )
-    group.add_argument("--top-p", default="0", metavar="N", help="keep the likeliest tokens that hold N; 0 keeps all")
-    group.add_argument("--temperature", default="1", metavar="N", help="divides the logits (default 1)")
-    group.add_argument(
-        "--smoothing", default="0", metavar="N", help="mix the kept codes, 0 for not (VAR: 0.27 to 0.005)"
-    )
-
-
-def sampling_options(arguments: argparse.Namespace) -> SamplingOptions:
-    """What was typed after `add_sampling_arguments`.
-
-    Raises:
-        UserError: no number, or one out of range.
-    """
-    kinds = {"top_k": int, "top_p": float, "temperature": float, "smoothing": float}
-    values = {
-        name: _parse(f"--{name.replace('_', '-')}", getattr(arguments, name), kind) for name, kind in kinds.items()
-    }
-    options: dict[str, Any] = {name: found[0] if len(found) == 1 else found for name, found in values.items()}
-    if arguments.guidance_by_scale is not None:
-        options["guidance_by_scale"] = _parse("--guidance-by-scale", arguments.guidance_by_scale, float)
-    return SamplingOptions(arguments.guidance, **options)
-
-
-def _parse(flag: str, text: str, kind: type) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise UserError(f"{flag} takes {what} separated by commas, got {text!r}") from None
 
 
 def _values(value: Any) -> tuple[Any, ...]:

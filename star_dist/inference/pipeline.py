@@ -108,7 +108,7 @@ class StarPipeline:
         return cls(model.to(device), tokenizer.to(device), encoder, config, extras).accelerate()
 
     def save_pretrained(self, folder: str | Path, dtype: Literal["bf16", "fp32"] | None = None) -> None:
-        """Writes an inference folder that `from_pretrained` reads. dtype: of the transformer; null is what it runs in.
+        """Writes an inference folder that `from_pretrained` reads. dtype: of the transformer; None is what it runs in.
 
         Raises:
             UserError: the folder holds something else than an earlier inference folder.
@@ -153,7 +153,7 @@ class StarPipeline:
         """How the transformer runs from now on; call it again where its weights were changed in place.
 
         graphs: record every scale as a CUDA graph in the first drawing of each batch size and replay it in later ones;
-        null is on where the pipeline is on a GPU. compile: what lies between a block's products and attention goes
+        None is on where the pipeline is on a GPU. compile: what lies between a block's products and attention goes
         through torch.compile, once for all scales and batches, but for those of one token or one row; the first
         drawing waits for that.
 

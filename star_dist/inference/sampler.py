@@ -73,7 +73,7 @@ def sample_pictures(
     bf16 it does). empty_text: features of one empty caption, for the unconditional half under guidance. Scales after
     the last guided one run without that half; earlier ones run with it also where their own guidance is 0, because
     later ones need its keys and values. reserve: gives the model with room for a number of rows and of text tokens of
-    each, where it is kept from one drawing to the next (`acceleration.py`); null makes one that runs operation by
+    each, where it is kept from one drawing to the next (`acceleration.py`); None makes one that runs operation by
     operation.
 
     Raises:
@@ -98,11 +98,11 @@ def sample_pictures(
         rows = 2 * batch if scale < guided_scales else batch
         inputs = pooled_RW[:rows] if input_BNC is None else input_BNC.repeat(rows // batch, 1, 1)
         logits_BNV = scale_logits.logits(scale, inputs)
-        if not chosen.guidance:
-            logits_BNV = logits_BNV[:batch]
         if chosen.guidance:
             conditional, unconditional = logits_BNV.chunk(2)
             logits_BNV = conditional + chosen.guidance * (conditional - unconditional)
+        else:
+            logits_BNV = logits_BNV[:batch]
         tokens_BN, weights_BNV = draw(logits_BNV, chosen, generators)
         with full_float32(device):
             codes_BNC = quantizer.embedding(tokens_BN)

@@ -42,13 +42,14 @@ def draw_seen_grid(
 ) -> Image.Image:
     """Draws `count` pictures per caption; a caption of the data set has a picture of it first in its cell.
 
-    longest_side: in pixels, of what the grid is for; null for any.
+    longest_side: in pixels, of what the grid is for; None for any.
 
     Raises:
-        UserError: the data set was made with another tokenizer than the model's, or the grid would be too large, which
-            is said before anything is drawn.
+        UserError: the data set was made with another tokenizer than the model's, a caption that it does not have is
+            too long, or the grid would be too large, which is said before anything is drawn.
     """
     found = _find(data, captions, pipeline)
+    pipeline.text_encoder.check_fit([caption for caption in captions if caption not in found])
     cells = Counter(found[caption][0] if caption in found else None for caption in captions)
     width, height = grid_size(list(cells.values()), count + 1, columns)
     if longest_side is not None and max(width, height) > longest_side:

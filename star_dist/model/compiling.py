@@ -18,7 +18,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled(function: Function, dynamic: bool | None = None) -> Function:
     """torch.compile(function) for up to `RECOMPILE_LIMIT` kinds of inputs.
 
-    dynamic: true compiles for all shapes at once, null for the first shape and, when another comes, for all others.
+    dynamic: True compiles for all shapes at once, None for the first shape and, when another comes, for all others.
     """
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # PyTorch's setting belongs to one thread
         return torch.compile(function, dynamic=dynamic, recompile_limit=RECOMPILE_LIMIT)
@@ -30,7 +30,7 @@ def compiled(function: Function, dynamic: bool | None = None) -> Function:
 
 @cache
 def compiler_problem(device: torch.device) -> str | None:
-    """Why PyTorch's compiler does not work here, in one line; null where it does."""
+    """Why PyTorch's compiler does not work here, in one line; None where it does."""
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
     except torch._dynamo.exc.TorchDynamoException as error:

@@ -55,7 +55,7 @@ def create_app(pipeline: StarPipeline, name: str, limits: Limits, hosts: list[st
     """The application around a loaded model.
 
     Its worker is `app.state.worker`. name: shown on the page. hosts: names and addresses that requests may be sent to,
-    and by whose pages alone, against pages elsewhere, also those that point their own name at this machine; null allows
+    and by whose pages alone, against pages elsewhere, also those that point their own name at this machine; None allows
     any.
     """
     worker = Worker(pipeline, limits)

@@ -161,7 +161,7 @@ class Worker:
                 self._drop_old()
 
     def _next(self) -> Job | None:
-        """Waits for the oldest waiting job, which is drawn from now on; null when the worker ends."""
+        """Waits for the oldest waiting job, which is drawn from now on; None when the worker ends."""
         with self.changed:
             while not self.stopping:
                 for job in self.jobs.values():

@@ -21,7 +21,7 @@ PIXELS_AT_ONCE = 4 * 1024**2
 class PixelDecoder:
     """Decodes with a tokenizer's weights as they are now.
 
-    dtype: null takes bf16 on a GPU, which holds a copy of the decoder with channels last, and on a CPU the tokenizer
+    dtype: None takes bf16 on a GPU, which holds a copy of the decoder with channels last, and on a CPU the tokenizer
     itself, in float32. The copy is made with the first latent.
     """
 

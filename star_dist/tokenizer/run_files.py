@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from star_dist.config import TokenizerTrainConfig
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unreachable, UserError, first_line
 from star_dist.files import LOST_FILE_SYSTEM, read_json_object, sync_to_disk
 from star_dist.run_folder import differences_since
 from star_dist.tokenizer.io import CONFIG_FILE
@@ -94,5 +94,4 @@ def read_checkpoint(run_dir: Path) -> dict[str, Any] | None:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which seeking in a cut file ends in
             kind = Unreachable if error.errno in LOST_FILE_SYSTEM else UserError
             raise kind(f"cannot read {path}: {error.strerror}") from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged ({reason}); remove it to start anew") from None
+        raise UserError(f"{path} is damaged ({first_line(error)}); remove it to start anew") from None

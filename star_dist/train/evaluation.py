@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from star_dist.data.batches import HeldOutBatches
 from star_dist.data.fetch import fetch_matching_metadata
 from star_dist.device import find_device
 from star_dist.errors import UserError
-from star_dist.export import load_export_tokenizer, load_model
+from star_dist.export import check_architecture, load_export_tokenizer, load_model, other_text
 from star_dist.model.star import STAR
 from star_dist.run_folder import is_export
 from star_dist.text import TextEncoder
@@ -24,10 +25,14 @@ from star_dist.train.loss_report import by_scale, loss_report
 from star_dist.train.precision import attention_kernel, frozen_dtype, run_dtype
 from star_dist.train.token_losses import TokenLosses
 
+logger = logging.getLogger(__name__)
+
 
 @torch.no_grad()
 def evaluate(folder: Path, config: RunConfig, step: int | None) -> dict[str, float | int | str]:
     """What training reports as validation/…, for a run folder's checkpoint or an export.
+
+    Texts other than those that an export has learned from are named in a warning.
 
     Raises:
         UserError: neither of the two, an attention kernel that cannot run here, a model that does not fit the config,
@@ -38,8 +43,7 @@ def evaluate(folder: Path, config: RunConfig, step: int | None) -> dict[str, flo
     device = find_device(None)
     attention_kernel(config, device, training=False)
     model, tokenizer, trained_steps = _load(folder, config, step)
-    if model.config != config.star_config():
-        raise UserError(f"{folder} holds {model.config}, the config describes {config.star_config()}")
+    check_architecture(folder, model.config, config.star_config(), "give --config the config of its own data")
     # As training does it: weights in bf16, and in float32 only what asks for it, as the head and the loss do.
     model, tokenizer = model.to(device, run_dtype(config)).eval(), tokenizer.to(device)
     metadata = fetch_matching_metadata(config, tokenizer_hash(tokenizer))
@@ -68,6 +72,8 @@ def _load(folder: Path, config: RunConfig, step: int | None) -> tuple[STAR, Mult
         if step is not None:
             raise UserError(f"--step chooses among a run's checkpoints, but {folder} is an export")
         export, model = load_model(folder, torch.float32, config.model.attention)
+        for difference in other_text(folder, config):
+            logger.warning("warning: %s", difference)
         return model, load_export_tokenizer(folder, export), export.step
     checkpoint = CheckpointFolder(folder, config.checkpoint).find(step)
     if checkpoint is None:

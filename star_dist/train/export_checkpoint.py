@@ -28,7 +28,7 @@ from star_dist.model.star import STAR
 from star_dist.model_card import ModelFacts
 from star_dist.object_store import is_s3
 from star_dist.public_layout import check_weights
-from star_dist.run_folder import METRICS_FILE
+from star_dist.run_folder import METRICS_FILE, is_export
 from star_dist.tokenizer.io import load_tokenizer, tokenizer_hash
 from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, check_same_tokenizer
 from star_dist.train.shards import ShardReader
@@ -50,6 +50,8 @@ def export_checkpoint(
     """
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run folder: it has no config.json")
+    if is_export(run):
+        raise UserError(f"{run} is an export already; name the folder of a run")
     config = load_config(RunConfig, run / "config.json")
     check_replaceable(out)
     checkpoint = CheckpointFolder(run, config.checkpoint).find(step)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
+from huggingface_hub import errors
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from data_prep import captioning
 from data_prep.captioner import Captioner
@@ -22,7 +27,7 @@ from data_prep.sources import open_source
 from data_prep.tokenization import tokenize
 from star_dist.config import CaptionConfig, PrepConfig, parse_config
 from star_dist.data.schema import decode_captions, read_metadata
-from star_dist.errors import UserError
+from star_dist.errors import Unreachable, UserError
 from tests.data_prep import tiny_captioners
 from tests.data_prep.jobs import contents, samples
 from tests.data_prep.test_webdataset_source import write_tar
@@ -81,6 +86,70 @@ def test_models_that_do_not_fit_are_named(values: dict[str, Any], tmp_path: Path
         Captioner(make_config(values, model=str(tmp_path / "llava")), torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("model.safetensors", b"version https://git-lfs.github.com/spec/v1"), ("tokenizer.json", b'{"a": 1}')],
+)
+def test_a_damaged_model_is_one_message(
+    file: str, content: bytes, values: dict[str, Any], blip: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(blip, tmp_path / "model")
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=r"^model '.*model' could not be loaded: [^\n]+$"):
+        Captioner(make_config(values, model=str(folder)), torch.device("cpu"))
+
+
+def test_no_weight_of_a_captioner_is_random(values: dict[str, Any], blip: Path, tmp_path: Path) -> None:
+    """transformers fills in what a file lacks."""
+    folder = shutil.copytree(blip, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["text_decoder.bert.encoder.layer.0.output.LayerNorm.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of its weights, such as text_decoder\..*; get it anew"):
+        Captioner(make_config(values, model=str(folder)), torch.device("cpu"))
+
+
+def test_a_hub_that_does_not_answer_is_no_mistake(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect to 'https://huggingface.co'") from errors.LocalEntryNotFoundError("silence")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", ask)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(Unreachable, match="couldn't connect"):
+        Captioner(make_config(values, model="someone/captioner"), torch.device("cpu"))
+
+
+def test_a_prompt_that_does_not_fit_is_one_message(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_captioners.save_vit_bert(tmp_path / "model")
+    with pytest.raises(UserError, match="takes a picture alone; set prompt to null"):
+        Captioner(make_config(values, model=str(tmp_path / "model"), prompt="describe"), torch.device("cpu"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("Received 2 images for 1 prompts.\nAs PaliGemma says it")
+
+    monkeypatch.setattr(transformers.BlipProcessor, "__call__", refuse)
+    with pytest.raises(
+        UserError, match=r"cannot caption pictures with prompt null: Received 2 images for 1 prompts\.;"
+    ):
+        Captioner(make_config(values), torch.device("cpu"))
+
+
+def test_pictures_that_no_captioner_takes_are_rejected(values: dict[str, Any], tmp_path: Path) -> None:
+    """A picture of one row would end the job, at every attempt."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, size in {"a_row": (30, 1), "three": (30, 3), "point": (1, 1), "line": (2000, 8), "good": (30, 4)}.items():
+        Image.new("RGB", size, "red").save(folder / f"{name}.png")
+    (folder / "good.txt").write_text("good")
+    source = {"kind": "folder", "path": str(folder)}
+    assert caption(make_config(values, source=source), Partition()) == {"captioned": 1, "rejected": 4}
+    (rejects,) = (tmp_path / "new").glob("0*.rejects")
+    reasons = [json.loads(line)["reason"] for line in rejects.read_text().splitlines()]
+    assert "too narrow for captioners: 30 x 1 pixels" in reasons
+
+
 def test_new_captions_are_found_by_tokenization(values: dict[str, Any], prep_values: dict, tmp_path: Path) -> None:
     config = make_config(values)
     for i in range(2):
@@ -99,6 +168,22 @@ def test_new_captions_are_found_by_tokenization(values: dict[str, Any], prep_val
     }
     with pytest.raises(UserError, match=r"made with max_new_tokens = 6, this job has 7"):
         caption(make_config(values, max_new_tokens=7), Partition(0, 2))
+
+
+def test_pictures_without_captions_of_their_own(
+    values: dict[str, Any], prep_values: dict, pictures_folder: Path, tmp_path: Path
+) -> None:
+    bare = shutil.copytree(pictures_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("captions.*"))
+    source = {"kind": "folder", "path": str(bare), "captions": {}}
+    assert caption(make_config(values, source=source), Partition()) == {"captioned": 60, "rejected": 0}
+    with pytest.raises(UserError, match=r"source\.captions and source\.recaptions are both empty"):
+        tokenize(parse_config(PrepConfig, prep_values | {"source": source, "output": str(tmp_path / "set")}))
+    source["recaptions"] = {"recaptioned": str(tmp_path / "new")}
+    tokenize(parse_config(PrepConfig, prep_values | {"source": source, "output": str(tmp_path / "set")}))
+    metadata = read_metadata(tmp_path / "set")
+    assert list(metadata.captions) == ["recaptioned"] and metadata.captions["recaptioned"] > 0
+    (bare / "000.txt").write_text("nobody asked for this")
+    assert open_source(source).open("000.png")[0].describe().captions.keys() == {"recaptioned"}
 
 
 def test_a_job_that_ends_in_the_middle_goes_on_where_it_was(

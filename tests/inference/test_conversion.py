@@ -31,7 +31,7 @@ from star_dist.inference.pipeline import StarPipeline
 from star_dist.model.config import StarConfig
 from star_dist.model_card import ModelFacts
 from star_dist.public_layout import (
-    Untold,
+    PublicCheckpointOptions,
     check_weights,
     infer_star_config,
     infer_tokenizer_config,
@@ -80,7 +80,7 @@ def public(golden_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def convert(public: tuple[Path, Path], out: Path, text: TextSection, scales: tuple[int, ...] = SCALES) -> ExportConfig:
-    return from_public(*public, out, Untold(scales=scales, text=text))
+    return from_public(*public, out, PublicCheckpointOptions(scales=scales, text=text))
 
 
 def same(left: Weights, right: Weights) -> bool:
@@ -119,7 +119,7 @@ def test_round_trip_of_the_published_d16(golden_dir: Path) -> None:
     """All 274M numbers of it, in memory."""
     layout = json.loads((golden_dir / "star_official_layout.json").read_text())["16"]
     weights = random_weights(layout)
-    config = infer_star_config(weights, Untold(scales=PUBLIC_SCALES[256]), "file")
+    config = infer_star_config(weights, PublicCheckpointOptions(scales=PUBLIC_SCALES[256]), "file")
     assert config == StarConfig(depth=16, scales=PUBLIC_SCALES[256], rope_convention="public")
     from star_dist.model.star import STAR
 
@@ -136,7 +136,7 @@ def test_sizes_of_the_published_tokenizer_are_found(golden_dir: Path) -> None:
     layout = json.loads((golden_dir / "vqvae_official_layout.json").read_text())
     weights = {name: torch.empty(shape, device="meta") for name, shape in layout.items()}
     for scales in PUBLIC_SCALES.values():
-        assert infer_tokenizer_config(weights, Untold(scales=scales), "file") == VQVAEConfig()
+        assert infer_tokenizer_config(weights, PublicCheckpointOptions(scales=scales), "file") == VQVAEConfig()
 
 
 def test_ours_to_public_and_back(tmp_path: Path, inference_folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_ours_to_public_and_back(tmp_path: Path, inference_folder: Path) -> None
     assert record["public_code_must_change"] == {"rope_convention": "paper", "norm_groups": 4}
     files = tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth"
     assert not read_weights(files[0])["class_emb.weight"].any()
-    from_public(*files, tmp_path / "again", Untold())
+    from_public(*files, tmp_path / "again", PublicCheckpointOptions())
     original, before = load_model(inference_folder)
     config, after = load_model(tmp_path / "again")
     assert same(dict(before.named_parameters()), dict(after.named_parameters()))
@@ -196,7 +196,7 @@ def test_what_the_files_do_not_tell_comes_back(
     record = to_public(tmp_path / "model", tmp_path / "public", "safetensors")
     assert record["public_code_must_change"] == {"rope_convention": "paper", "norm_groups": 4} | changes
     files = tmp_path / "public" / "star.safetensors", tmp_path / "public" / "vae.safetensors"
-    from_public(*files, tmp_path / "again", Untold())
+    from_public(*files, tmp_path / "again", PublicCheckpointOptions())
     after = read_export_config(tmp_path / "again")
     assert without_source(after) == without_source(before)
     assert after.facts.source.startswith("training run runs/demo; converted from star.safetensors (sha256 ")
@@ -213,7 +213,7 @@ def test_a_licence_that_is_given_wins(tmp_path: Path, inference_folder: Path) ->
     before = other_folder(inference_folder, tmp_path / "model", SCALES)
     to_public(tmp_path / "model", tmp_path / "public", "pth")
     files = tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth"
-    from_public(*files, tmp_path / "again", Untold(), "mit")
+    from_public(*files, tmp_path / "again", PublicCheckpointOptions(), "mit")
     facts = read_export_config(tmp_path / "again").facts
     assert facts.licence == "mit" and "license: mit" in (tmp_path / "again" / "README.md").read_text()
     assert facts.attribution == before.facts.attribution
@@ -228,7 +228,9 @@ def test_records_without_facts_are_read(tmp_path: Path, inference_folder: Path) 
     values["text"]["encoder"] = "./text_encoder"
     values["source"] = {"run_name": "hearts", "step": 40}
     record.write_text(json.dumps(values))
-    from_public(tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth", tmp_path / "again", Untold())
+    from_public(
+        tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth", tmp_path / "again", PublicCheckpointOptions()
+    )
     after = read_export_config(tmp_path / "again")
     assert (after.run_name, after.step, after.text.encoder) == ("hearts", 40, "text_encoder")
     before = read_export_config(inference_folder)
@@ -260,12 +262,12 @@ def test_options_and_the_record_must_agree(tmp_path: Path, inference_folder: Pat
     other_folder(inference_folder, tmp_path / "model", SCALES, rope_theta=100.0)
     to_public(tmp_path / "model", tmp_path / "public", "pth")
     files = tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth"
-    agreeing = Untold(scales=SCALES, rope_theta=100.0, text=TextSection(max_tokens=9))
+    agreeing = PublicCheckpointOptions(scales=SCALES, rope_theta=100.0, text=TextSection(max_tokens=9))
     assert from_public(*files, tmp_path / "again", agreeing).text.encoder == "someone/else"
     for given, said in [
-        (Untold(rope_theta=10000.0), r"rope_theta is 100\.0, the options say 10000\.0"),
-        (Untold(scales=(1, 2, 3, 5)), r"scales is \(1, 2, 3, 4\), the options say \(1, 2, 3, 5\)"),
-        (Untold(text=TextSection(pooling="pooler")), r"text\.pooling is mean, the options say pooler"),
+        (PublicCheckpointOptions(rope_theta=10000.0), r"rope_theta is 100\.0, the options say 10000\.0"),
+        (PublicCheckpointOptions(scales=(1, 2, 3, 5)), r"scales is \(1, 2, 3, 4\), the options say \(1, 2, 3, 5\)"),
+        (PublicCheckpointOptions(text=TextSection(pooling="pooler")), r"text\.pooling is mean, the options say pooler"),
     ]:
         with pytest.raises(UserError, match=rf"conversion\.json says that {said}; leave it out") as error:
             from_public(*files, tmp_path / "refused", given)
@@ -286,7 +288,7 @@ def test_options_and_the_record_must_agree(tmp_path: Path, inference_folder: Pat
     ]:
         record.write_text(json.dumps(values | change))
         with pytest.raises(UserError, match=said) as error:
-            from_public(*files, tmp_path / "refused", Untold())
+            from_public(*files, tmp_path / "refused", PublicCheckpointOptions())
         assert "\n" not in str(error.value)
     assert not (tmp_path / "refused").exists()
 
@@ -298,15 +300,15 @@ def test_without_a_record_nothing_is_guessed(tmp_path: Path, inference_folder: P
     (tmp_path / "public" / "conversion.json").unlink()
     files = tmp_path / "public" / "star.pth", tmp_path / "public" / "vae.pth"
     with pytest.raises(UserError, match="both have ten scales: give --resolution or --scales"):
-        from_public(*files, tmp_path / "again", Untold())
+        from_public(*files, tmp_path / "again", PublicCheckpointOptions())
     given = {"scales": scales, "rope_convention": "paper", "norm_groups": 4, "text": before.text} | rope
     said = (
         r"has statistics of 4 scales, not of the 6 .*; give the 4 sides that it was trained with as --tokenizer-scales"
     )
     with pytest.raises(UserError, match=said) as error:
-        from_public(*files, tmp_path / "again", Untold(**given))
+        from_public(*files, tmp_path / "again", PublicCheckpointOptions(**given))
     assert "\n" not in str(error.value) and not (tmp_path / "again").exists()
-    after = from_public(*files, tmp_path / "again", Untold(tokenizer_scales=SCALES, **given))
+    after = from_public(*files, tmp_path / "again", PublicCheckpointOptions(tokenizer_scales=SCALES, **given))
     assert after.model == before.model and after.tokenizer_hash == before.tokenizer_hash
 
 
@@ -339,7 +341,7 @@ def test_a_pipeline_saves_what_only_the_public_layout_has(tmp_path: Path, infere
     weights = read_weights(files[0])
     weights["class_emb.weight"] = torch.randn(weights["class_emb.weight"].shape)
     torch.save(weights, files[0])
-    from_public(*files, tmp_path / "model", Untold())
+    from_public(*files, tmp_path / "model", PublicCheckpointOptions())
     StarPipeline.from_pretrained(tmp_path / "model", "cpu").save_pretrained(tmp_path / "saved")
     to_public(tmp_path / "saved", tmp_path / "back", "pth")
     assert same(read_weights(tmp_path / "back" / "star.pth"), weights)
@@ -351,7 +353,7 @@ def test_training_goes_on_from_a_converted_model(
 ) -> None:
     to_public(inference_folder, tmp_path / "public", "safetensors")
     files = tmp_path / "public" / "star.safetensors", tmp_path / "public" / "vae.safetensors"
-    config = from_public(*files, tmp_path / "again", Untold())
+    config = from_public(*files, tmp_path / "again", PublicCheckpointOptions())
     wider = run_config(scales=[1, 2, 3, 4, 6, 8], resolution=32)
     found = initial_weights_from(tmp_path / "again", wider, config.tokenizer_hash)
     assert same(found, initial_weights_from(inference_folder, wider, config.tokenizer_hash))

@@ -2,7 +2,9 @@
 
 import json
 import os
+import runpy
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from star_dist.export import initial_weights_from, other_text, read_export_confi
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import StarPipeline
 from star_dist.inference.sampler import sample_pictures
+from star_dist.train import evaluation
+from star_dist.train.evaluation import evaluate
 from star_dist.train.export_checkpoint import export_checkpoint
 from tests.ranks import run_ranks
 from tests.train.runs import train_on, weights
@@ -124,11 +128,13 @@ def test_damaged_exports_are_refused(exported: Path, tmp_path: Path) -> None:
             StarPipeline.from_pretrained(folder)
 
 
-def test_exporting_what_is_not_there(run_config: MakeConfig, trained: RunConfig, tmp_path: Path) -> None:
+def test_exporting_what_is_not_there(trained: RunConfig, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run folder"):
         export_checkpoint(tmp_path, tmp_path / "out", None, "fp32")
     with pytest.raises(UserError, match=r"has no complete checkpoint of step 7, only of steps \[40, 80\]"):
         export_checkpoint(Path(trained.run_dir), tmp_path / "out", 7, "fp32")
+    with pytest.raises(UserError, match=r"is an export already; name the folder of a run$"):
+        export_checkpoint(exported, tmp_path / "out", None, "fp32")
     assert not (tmp_path / "out").exists()
 
 
@@ -225,9 +231,9 @@ def test_levels_of_another_schedule_take_the_nearest_relative_position(
     for changed, said in [
         (
             dict(model={"rope_convention": "public"}),
-            r"was trained with model\.rope_convention paper, the run has public",
+            r"was trained with model\.rope_convention paper, the config has public",
         ),
-        (dict(model={"width": 64}), r"was trained with model\.width 32, the run has 64"),
+        (dict(model={"width": 64}), r"was trained with model\.width 32, the config has 64"),
     ]:
         with pytest.raises(UserError, match=said):
             initial_weights_from(exported, run_config(**changed), tokenizer)
@@ -238,3 +244,33 @@ def test_levels_of_another_schedule_take_the_nearest_relative_position(
         f"{exported} was trained with text.pooling auto, the run has mean",
         f"{exported} was trained with text.max_tokens 8, the run has 7",
     ]
+
+
+def test_an_export_is_not_measured_with_other_texts_unnoticed(
+    trained: RunConfig, exported: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured = evaluate(exported, trained, None)
+    assert measured == evaluate(Path(trained.run_dir), trained, None) | {"model": str(exported)} and not caplog.messages
+    other = trained.model_copy(update={"text": trained.text.model_copy(update={"pooling": "pooler"})})
+    with pytest.raises(
+        UserError, match=r"trained with model\.depth 2, the config has 3; give --config the config of its"
+    ):
+        evaluate(exported, trained.model_copy(update={"model": trained.model.model_copy(update={"depth": 3})}), None)
+    assert evaluate(exported, other, None)["validation/loss/total"] != measured["validation/loss/total"]
+    assert caplog.messages == [f"warning: {exported} was trained with text.pooling auto, the run has pooler"]
+
+
+@pytest.mark.parametrize(("out", "said"), [("metrics.jsonl/out.json", "metrics.jsonl: "), ("", " is a folder; name a")])
+def test_an_out_that_cannot_be_is_found_before_anything_is_measured(
+    out: str, said: str, trained: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("something was measured")
+
+    run = Path(trained.run_dir)
+    monkeypatch.setattr(evaluation, "evaluate", never)
+    monkeypatch.delenv("RANK", raising=False)  # with it errors of files keep their traceback
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run), "--out", str(run / out)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(Path(__file__).parents[2] / "launcher" / "evaluate.py"), run_name="__main__")
+    assert said in capsys.readouterr().err

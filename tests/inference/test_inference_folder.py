@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import huggingface_hub.errors
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from star_dist.config import RunConfig, dump_config
-from star_dist.errors import UserError
-from star_dist.export import ExportConfig, read_export_config
+from star_dist.errors import Unreachable, UserError
+from star_dist.export import ExportConfig, fetch_inference_folder, read_export_config
 from star_dist.inference.editing import inpaint
 from star_dist.inference.options import SamplingOptions
 from star_dist.inference.pipeline import ScalePreview, StarPipeline
@@ -49,6 +50,18 @@ def test_a_hub_id_is_its_snapshot(inference_folder: Path, tmp_path: Path, monkey
         StarPipeline.from_pretrained("someone/other")
     with pytest.raises(UserError, match="revision 'v1' is of a Hugging Face id"):
         StarPipeline.from_pretrained(inference_folder, revision="v1")
+
+
+def test_a_hub_that_does_not_answer_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.init_from` may name an id, and the network may be back at a job's next attempt."""
+
+    def ask(*_: object, **__: object) -> None:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("check your internet connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", ask)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(Unreachable, match="internet connection"):
+        fetch_inference_folder("someone/star")
 
 
 def test_saving_what_was_loaded(inference_folder: Path, tmp_path: Path) -> None:

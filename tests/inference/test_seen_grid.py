@@ -65,6 +65,11 @@ def test_a_grid_that_is_too_large_is_refused_before_it_is_drawn(
         draw(height - 1)
 
 
+def test_a_new_caption_is_not_cut(pipeline: StarPipeline, dataset_folder: Path) -> None:
+    with pytest.raises(UserError, match="a prompt has 12 tokens, the model takes 8; shorten 'a red red"):
+        seen_grid.draw_seen_grid(pipeline, dataset_folder, ["a" + " red" * 9], SamplingOptions(), 1, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("out", "said"),
     [

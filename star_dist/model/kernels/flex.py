@@ -69,7 +69,7 @@ def has_flash_backend(generation: int) -> bool:
 class FlexKernel:
     """Self-attention by FlexAttention; attention to the text as `text` does it.
 
-    backend: of FlexAttention's kernel options; null is its choice.
+    backend: of FlexAttention's kernel options; None is its choice.
     """
 
     def __init__(self, backend: str | None, text: TextAttention) -> None:
