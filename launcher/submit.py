@@ -13,7 +13,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values of the config")
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
     parser.add_argument("--time", metavar="LIMIT", help="time limit, as sbatch takes it (default: site.sh's)")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="one more option for sbatch")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="one more for sbatch: --sbatch=--exclude=n7"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, write nothing")
     arguments = parser.parse_intermixed_args()
 

@@ -54,7 +54,8 @@ def _cpu_name() -> str:
 
 def git_commit() -> str | None:
     """Commit of the code, with a mark for uncommitted changes; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    where = ["-C", str(Path(__file__).parent), "-c", "safe.directory=*"]  # the checkout may be another user's
+    command = ["git", *where, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -27,6 +27,6 @@ WORKERS=(${SLURM_CPUS_PER_TASK:+--workers "$SLURM_CPUS_PER_TASK"})
 
 # Runs a command of data preparation on the task's share; it loses a chunk at most, however it is killed.
 start_on_partition() {
-    run_or_requeue ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "${PYTHON:-python}" -m "$1" --config "$CONFIG" \
+    run_or_requeue ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" -m "$1" --config "$CONFIG" \
         --partition "$PARTITION" ${WORKERS[@]+"${WORKERS[@]}"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 }

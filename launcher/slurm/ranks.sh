@@ -1,6 +1,6 @@
 # Shared by the sbatch scripts of this folder: where the code is, and how one command starts on all nodes of the job.
 # Sourced; the working directory stays that of the submission, so relative paths mean what they meant there. Sets the
-# variables of site.sh and:
+# variables of site.sh and of requeue.sh, and:
 #   REPO               the checkout that the job runs
 #   on_this_node SCRIPT …  the command right here, without a job step
 #   start_ranks SCRIPT …  one torchrun per node (launcher/node.py), a rank per GPU, as a job step; returns its exit code
@@ -16,11 +16,16 @@ if [[ ! -f $REPO/launcher/train.py ]]; then
 fi
 export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 source "$REPO/launcher/slurm/read_site.sh"
+source "$REPO/launcher/slurm/requeue.sh"
 
 NUM_NODES=${SLURM_JOB_NUM_NODES:-1}
 HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # The address by which Slurm itself reaches the node, which is right where names resolve differently inside and outside.
-HEAD_ADDRESS=$(scontrol --oneliner show node "$HEAD_NODE" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+HEAD_ADDRESS=$(patiently scontrol --oneliner show node "$HEAD_NODE" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+if [[ -z $HEAD_ADDRESS ]]; then
+    echo "error: Slurm does not say at which address node $HEAD_NODE is; submit the job again" >&2
+    exit 69
+fi
 # Jobs that share a node begin to look at different ports, all below those that Linux gives to outgoing connections.
 if [[ -z ${HEAD_PORT:-} ]]; then
     HEAD_PORT=$((20000 + SLURM_JOB_ID % 12000))

@@ -2,6 +2,10 @@
 #   requeue_and_exit CODE   ends it, or lets Slurm start it again
 #   requeue_if_out_of_reach CODE   lets Slurm start it again after a command that ended with CODE
 #   run_or_requeue COMMAND …   runs a command; where it fails, ends or comes back
+# After read_site.sh.
+
+# What people filter their own lists by would hide this job, and it would not come back.
+unset "${!SQUEUE_@}"
 
 # The controller may be busy or restarting: a command is tried for five minutes.
 patiently() {
@@ -36,7 +40,7 @@ requeue_and_exit() {
 # What ended with an exit code that says that something could not be reached (69 of star_dist/cli.py) may find it later:
 # it is requeued, in all at most MAX_FAILURES times. Returns for every other code.
 requeue_if_out_of_reach() {
-    local restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_FAILURES:-3}
+    local restarts=${SLURM_RESTART_COUNT:-0} most=$MAX_FAILURES
     if [[ $1 == 69 && $restarts -lt $most ]]; then
         echo "$(date -Is) exit code 69: requeueing (restart $((restarts + 1)) of at most $most)" >&2
         requeue_and_exit 69

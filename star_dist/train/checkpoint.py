@@ -94,6 +94,11 @@ class Checkpoint:
         """Where it is, for messages."""
         return f"{self.place}/{self.folder}"
 
+    @property
+    def another_place(self) -> str:
+        """Where another training finds no checkpoint of this one, for messages."""
+        return "another run_dir" if isinstance(self.place, LocalPlace) else "another checkpoint.remote and run_dir"
+
 
 class DamagedCheckpoint(UserError):
     """A checkpoint whose files are not those that its marker promises."""
@@ -194,11 +199,17 @@ class CheckpointFolder:
         return checkpoint
 
     def begin(self, step: int, size_bytes: int) -> None:
-        """An empty folder for a step's files; what an earlier save left there is removed, marker first.
+        """An empty folder for a step's files; what a killed save left there is removed.
 
         Raises:
-            OSError: it cannot be made, or there is no room for `size_bytes`.
+            OSError: it cannot be made, or there is no room for `size_bytes`; or another training has been here, because
+                a run has set aside what is of later steps than it goes on from.
         """
+        if MARKER in self.place.files(self.name(step)):
+            raise OSError(
+                f"{self.place} has a complete checkpoint of step {step}: another training writes there, too; end one "
+                f"of them, or give it another checkpoint.remote and run_dir"
+            )
         self.place.remove(self.name(step), first=MARKER)
         free = self.place.free_bytes()
         if free is not None and free < size_bytes * FREE_SPACE_MARGIN:
@@ -279,7 +290,7 @@ def check_same_tokenizer(checkpoint: Checkpoint, tokenizer_hash: str) -> None:
     if before != tokenizer_hash:
         raise UserError(
             f"checkpoint {checkpoint.path} was trained with tokenizer {before}, tokenizer.path now holds "
-            f"{tokenizer_hash}; restore that tokenizer or start another run_dir"
+            f"{tokenizer_hash}; restore that tokenizer or start {checkpoint.another_place}"
         )
 
 
@@ -293,7 +304,8 @@ def check_same_data(checkpoint: Checkpoint, data: DataSection, data_hashes: Sequ
         if before != now:
             raise UserError(
                 f"checkpoint {checkpoint.path} was trained on data with content_hash {before}, {source.place} now has "
-                f"{now}; restore that data set, or start another run_dir (train.init_from takes an export's weights)"
+                f"{now}; restore that data set, or start {checkpoint.another_place} (train.init_from takes an export's "
+                f"weights)"
             )
 
 
@@ -309,7 +321,7 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
         if not any(fnmatchcase(key, allowed) or fnmatchcase(key, f"{allowed}.*") for allowed in MAY_CHANGE):
             raise UserError(
                 f"checkpoint {checkpoint.path} was written with {key} = {json.dumps(before)}, the run has "
-                f"{json.dumps(now)}; restore the value or start another run_dir"
+                f"{json.dumps(now)}; restore the value or start {checkpoint.another_place}"
             )
         accepted.append(f"{key}: {json.dumps(before)} -> {json.dumps(now)}")
     return accepted

@@ -70,6 +70,8 @@ class LocalPlace:
     @contextlib.contextmanager
     def writing(self, folder: str, name: str) -> Iterator[Path]:
         path = self.root / folder / name
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent} here; all nodes must write to the same place")
         partial = path.with_name(f"{name}.partial")
         yield partial
         partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads

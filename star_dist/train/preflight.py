@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import tempfile
@@ -108,6 +109,8 @@ def preflight(config: RunConfig, process: ProcessInfo) -> Preflight:
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     _meet(node, device)
     check = _check_rank(config, process, node, device)
+    if config.checkpoint.remote is None:
+        _check_shared(Path(config.run_dir), process, check)
     checks: list[RankCheck] = [None] * process.world_size
     torch.distributed.all_gather_object(checks, check)
     bandwidth = _all_reduce_bandwidth(process.world_size, device) if process.world_size > 1 else None
@@ -232,6 +235,22 @@ def _check_node(config: RunConfig, process: ProcessInfo, check: RankCheck) -> No
             TextEncoder(config.text, torch.device("cpu"))
         except UserError as error:
             check.add(error)
+
+
+def _check_shared(run_dir: Path, process: ProcessInfo, check: RankCheck) -> None:
+    """Whether this node sees what rank 0 makes in the run's folder, which is to hold checkpoints."""
+    with contextlib.ExitStack() as stack:
+        names = [None]
+        if process.rank == 0:
+            with contextlib.suppress(OSError):  # that it cannot be written, `_check_node` has found
+                names[0] = Path(stack.enter_context(tempfile.NamedTemporaryFile(dir=run_dir)).name).name
+        torch.distributed.broadcast_object_list(names)
+        if process.local_rank == 0 and names[0] is not None and not (run_dir / names[0]).exists():
+            check.problems.append(
+                f"run_dir {run_dir} is not that of rank 0; set it to a folder that all nodes share, or "
+                f"checkpoint.remote to S3"
+            )
+        torch.distributed.barrier()  # before it is removed
 
 
 def _check_s3(url: str, section: DataSection | CheckpointSection, check: RankCheck, *, writes: bool = False) -> None:

@@ -56,7 +56,7 @@ class CheckpointSaver:
     def start(self, step: int, *, wait: bool) -> bool:
         """Takes a copy of the state and writes it beside the training, or right now; False if it is known to fail."""
         self.settle()
-        if not self._all_succeeded(step, self._attempt(self._begin, step) if self._rank == 0 else None):
+        if not self._all_succeeded(step, self._attempt(self._begin, step) if self._rank == 0 else None, written=False):
             return False
         tensors, scalars = self._state.snapshot()
 
@@ -120,11 +120,12 @@ class CheckpointSaver:
     def _complete(self, step: int) -> None:
         self._folder.complete(step, self._control.size, self._inputs, self._skipped_data, self._config)
 
-    def _all_succeeded(self, step: int, error: str | None) -> bool:
-        """Whether no rank has an error; the first one is reported, and what was written removed."""
+    def _all_succeeded(self, step: int, error: str | None, *, written: bool = True) -> bool:
+        """Whether no rank has an error; the first one is reported, and what these ranks have written removed."""
         errors = [(rank, found) for rank, found in enumerate(self._control.gather(error)) if found is not None]
         if errors and self._rank == 0:
-            self._attempt(self._folder.discard, step)
+            if written:
+                self._attempt(self._folder.discard, step)
             self._on_failed(step, "; ".join(f"rank {rank}: {found}" for rank, found in errors[:1]))
         return not errors
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from star_dist.cli import INTERRUPTED_EXIT, PREEMPTED_EXIT
+from star_dist.files import training_goes_on
 
 LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"}  # of torchrun and of deepspeed
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal for a process whose parent has died
@@ -80,9 +81,10 @@ class RequestListener:
         if self._files and time.monotonic() >= self._next_look_s:
             self._next_look_s = time.monotonic() + FILE_CHECK_S
             for name, path in self._files.items():
-                if path.exists():
-                    path.unlink()
-                    self._noted.add(name)
+                with training_goes_on(path):  # a file system that is away for a while ends nothing
+                    if path.exists():
+                        path.unlink()
+                        self._noted.add(name)
         if self._launcher is not None and os.getppid() != self._launcher:
             self._noted.add("death of the launcher")
             self._launcher = None

@@ -76,6 +76,8 @@ def _state(run_dir: Path, step_s: float) -> str:
     starts = [i for i, event in enumerate(events) if event["event"] == "start"]
     attempt = events[starts[-1] if starts else 0 :]
     last = next((event for event in reversed(attempt) if event["event"] in ("end", "mistake", "failed")), None)
+    if last is not None and last["event"] == "failed" and beat is not None and beat["time"] > last["time"]:
+        last = None  # of another job on the same folder, which has found it taken
     if last is not None and last["event"] == "failed":
         return f"failed with exit code {last['exit_code']}"
     if last is not None and last["event"] == "end":

@@ -47,6 +47,7 @@ class Supervisor:
         self.step_losses = StepLosses(engine.device)
         self.spike_detector = SpikeDetector(config.health)
         self.skipped_data = SkippedData(self.run_dir, checkpoint.skipped_data if checkpoint is not None else ())
+        self.skipped_data.steps[:] = self.control.gather(self.skipped_data.steps)[0]  # as rank 0 sees the file
         self.checkpoints = checkpoints
         self.saver = CheckpointSaver(
             config,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from star_dist.cli import HANG_EXIT
+from star_dist.files import training_goes_on
 
 CHECKS_PER_TIMEOUT = 20
 OTHER_RANKS_WAIT_S = 5.0
@@ -43,7 +44,7 @@ class Watchdog:
         if not self._timeout_s:
             yield
             return
-        self._path.parent.mkdir(exist_ok=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         ended = threading.Event()
         with self._path.open("w") as file:
             thread = threading.Thread(target=self._watch, args=(file, ended), name="watchdog", daemon=True)
@@ -64,11 +65,11 @@ class Watchdog:
             if silent_s > self._timeout_s:
                 waited = f"nothing finished for {silent_s:.0f} s (health.hang_timeout_s)"
                 message = f"rank {self._rank}: {waited} in {self._doing}"
-                file.write(message + "\n")
-                file.flush()
-                faulthandler.dump_traceback(file=file, all_threads=True)
-                file.flush()
-                os.fsync(file.fileno())
+                with training_goes_on(self._path):  # a full disk costs the stacks, and not the end
+                    file.write(message + "\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file=file, all_threads=True)
+                    os.fsync(file.fileno())
                 print(f"error: {message}; stacks in {self._path}", file=sys.stderr, flush=True)
                 self._on_hang(message)
                 time.sleep(period_s + OTHER_RANKS_WAIT_S)  # the launcher ends the others as soon as this one is gone

@@ -18,11 +18,13 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from star_dist import cli, weights
+from star_dist import cli, environment, weights
 from star_dist.config import RunConfig, dump_config
 from star_dist.train.export_checkpoint import export_checkpoint
 from star_dist.weights import write_weights
+from tests.launcher.slurm_cluster import stand_in
 from tests.ranks import run_ranks, run_script
+from tests.s3 import S3Bucket
 from tests.train.runs import train_on
 
 ROOT = Path(__file__).parents[2]
@@ -441,6 +443,117 @@ def test_submit_says_what_it_would_submit(run_config: Callable[..., RunConfig], 
     assert result.returncode == 0, result.stderr
     assert "--nodes=8" in result.stdout and "--exclusive" in result.stdout and "train.sbatch" in result.stdout
     assert not Path(config.run_dir).exists()
+
+
+SITE = """set -eo pipefail
+PS1="$NOT_SET_ANYWHERE"
+echo no module cuda >&2
+[[ -d /absent ]] && export TMPDIR=/absent
+"""
+
+
+def submit_from(
+    folder: Path, site: str, config: RunConfig, *arguments: str, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """submit.py with a site's file and an sbatch that says what it was given."""
+    (folder / "site.sh").write_text(site)
+    stand_in(folder, "sbatch", 'echo "$STAR_REPO|$STAR_SITE|${SBATCH_EXPORT:-}|$*"')
+    (folder / "config.json").write_text(dump_config(config))
+    command = [sys.executable, str(ROOT / "launcher/submit.py"), str(folder / "config.json"), "--nodes", "2"]
+    own = {"PATH": f"{folder}:{os.environ['PATH']}", "STAR_SITE": str(folder / "site.sh"), "PYTHONPATH": str(ROOT)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_"))}
+    options = dict(cwd=folder, env=kept | own | more, capture_output=True, text=True, timeout=100)
+    return subprocess.run([*command, *arguments], **options)
+
+
+def test_submit_takes_a_site_written_for_a_plain_shell(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """As `module` and `activate` are; into a folder whose name sbatch would fill in."""
+    config = run_config(run_dir=str(tmp_path / "50%j ü"))
+    result = submit_from(tmp_path, SITE, config, SBATCH_EXPORT="NONE")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "no module cuda\n"
+    repo, site, exported, given = result.stdout.strip().split("|")
+    assert (repo, site, exported) == (str(ROOT), str(tmp_path / "site.sh"), "STAR_REPO,STAR_SITE")
+    assert f"--output={tmp_path}/50%%j ü/slurm-%j.out " in given and given.endswith("/50%j ü/submitted_config.json")
+    assert submit_from(tmp_path, "", config).stdout.split("|")[2] == ""  # everything goes with the job as before
+
+
+def test_submit_runs_nothing_by_its_own_name(run_config: Callable[..., RunConfig], small_disk: Path) -> None:
+    """Some login nodes execute no file of the shared file system."""
+    subprocess.run(["mount", "-o", "remount,noexec", small_disk], check=True)
+    (folder := small_disk.parent / "bin").mkdir()
+    result = submit_from(folder, "", run_config(run_dir=str(small_disk / "run")))
+    assert result.returncode == 0, result.stderr
+
+
+def test_submit_looks_for_checkpoints_where_the_site_says(
+    run_config: Callable[..., RunConfig], s3: S3Bucket, tmp_path: Path
+) -> None:
+    config = run_config(checkpoint={"remote": f"{s3.url}/run"})
+    site = "".join(f"export {name}={value}\n" for name, value in s3.server.environment.items())
+    result = submit_from(tmp_path, site, config, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    result = submit_from(tmp_path, "echo no module cuda >&2; exit 3", config, "--dry-run")
+    assert result.returncode == 2 and result.stderr == f"error: STAR_SITE {tmp_path}/site.sh failed: no module cuda\n"
+
+
+def test_a_sites_file_leaves_a_jobs_shell_as_it_was(tmp_path: Path) -> None:
+    """Under -e a job would end with the training, before it is requeued. What the file leaves out has its default."""
+    (tmp_path / "site.sh").write_text(SITE)
+    script = "set -u; source launcher/slurm/read_site.sh; false; echo $- $PYTHON $PREFLIGHT $MAX_FAILURES; echo $absent"
+    variables = {"PATH": os.environ["PATH"], "STAR_SITE": str(tmp_path / "site.sh")}
+    result = subprocess.run(["bash", "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True)
+    options, *defaults = result.stdout.split()
+    assert "u" in options and "e" not in options and defaults == ["python", "yes", "3"]
+    assert "absent: unbound variable" in result.stderr
+
+
+def test_a_filter_of_squeue_keeps_no_job_from_coming_back(tmp_path: Path) -> None:
+    """People set them for the lists that they look at."""
+    stand_in(tmp_path, "squeue", "[[ ${SQUEUE_STATES:-} == PENDING ]] || echo RUNNING")
+    stand_in(tmp_path, "scontrol", 'echo "$*"')
+    stand_in(tmp_path, "sleep")
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SQUEUE_STATES": "PENDING"}
+    script = "set -u; source launcher/slurm/requeue.sh; requeue_and_exit 75"
+    result = subprocess.run(["bash", "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (75, "requeue 7\n", "")
+
+
+@pytest.mark.parametrize(
+    ("limit", "code", "said"), [("3:00", 2, "the job's time limit is 3:00 minutes"), ("1:00:00", 75, "")]
+)
+def test_a_job_that_is_asked_to_save_as_soon_as_it_begins(limit: str, code: int, said: str, tmp_path: Path) -> None:
+    """And whose controller answers at the second time."""
+    stand_in(tmp_path, "squeue", f'[[ "$*" == *%l* ]] && echo {limit} || echo RUNNING')
+    stand_in(
+        tmp_path,
+        "scontrol",
+        f'echo "$*" >> {tmp_path}/asked',
+        '[[ "$*" == "show hostnames"* ]] && echo n1',
+        f'[[ "$*" == *"show node n1" ]] && {{ mkdir {tmp_path}/busy 2> {tmp_path}/null && exit 1; }}',
+        'echo "NodeName=n1 NodeAddr=127.0.0.1 Port=6818"',
+    )
+    stand_in(tmp_path, "srun", 'echo "$*"', "kill -USR1 $PPID", "read -t 1 <> <(:)")
+    stand_in(tmp_path, "sleep")
+    (tmp_path / "site.sh").write_text("")
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STAR_SITE": str(tmp_path / "site.sh")}
+    variables |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "STAR_REPO": str(ROOT)}
+    command = ["bash", "launcher/slurm/train.sbatch", "config.json"]
+    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
+    assert "--master-addr=127.0.0.1 " in result.stdout and "preflight.py" in result.stdout
+    assert result.returncode == code and said in result.stderr, result.stderr
+    assert ("requeue 7" in (tmp_path / "asked").read_text()) == (code == 75)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_the_commit_of_another_users_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Git answers nothing there by itself."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=a"]):
+        subprocess.run([*git, *command], check=True)
+    subprocess.run(["chown", "-R", "65534", tmp_path], check=True)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    assert re.fullmatch(r"[0-9a-f]{40}", environment.git_commit())
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from star_dist.object_store import open_store
 from star_dist.train import shards
 from star_dist.train.checkpoint import INDEX, CheckpointFolder, RunInputs, check_same_run, shard_name
 from star_dist.train.facts import read_events
-from star_dist.train.places import S3Place
+from star_dist.train.places import LocalPlace, S3Place
 from star_dist.train.shards import Piece, Scalars, ShardReader, write_index, write_shard
 from tests.ranks import RankFailed, run_ranks
 from tests.s3 import S3Bucket
@@ -246,6 +246,8 @@ def test_checkpoints_on_s3(run_config: MakeConfig, tmp_path: Path, s3: S3Bucket)
     back = run_config(train={"steps": 9}, checkpoint=options | {"resume_step": 9}, optimizer={"schedule": "constant"})
     with pytest.raises(UserError, match=r"has no complete checkpoint of step 6, only of steps \[9\]"):
         CheckpointFolder(Path(back.run_dir), back.checkpoint).find(6)
+    with pytest.raises(UserError, match=r"start another checkpoint\.remote and run_dir$"):
+        check_same_run(folder.find(None), run_config(seed=1, run_dir=str(tmp_path / "b"), checkpoint=options))
     S3Place(remote).check_access()
     S3Place(remote).check_writing()
     assert not list(open_store(remote).list("write-check"))
@@ -324,6 +326,11 @@ def test_what_a_killed_save_leaves_goes_with_the_next_and_no_marker_stands_witho
         folder.complete(3, 2, RunInputs("hash", ("data",)), (), run_config())
     folder.prune()
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000002", "step_00000003"]
+
+
+def test_a_node_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"no folder .*/step_00000001 here; all nodes must write to the same place"):
+        write_shard(LocalPlace(tmp_path), "step_00000001", 1, {"weight/a": torch.zeros(1)})
 
 
 def test_no_room_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

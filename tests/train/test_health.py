@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +27,10 @@ from star_dist.train.facts import (
     summarize,
 )
 from star_dist.train.places import LocalPlace
+from star_dist.train.signals import RequestListener
 from star_dist.train.spikes import SkippedData, SpikeDetector, StepLosses
 from star_dist.train.status import run_status
+from star_dist.train.watchdog import Watchdog
 from tests.ranks import RankFailed, run_ranks, signal_this_rank_and_its_workers
 from tests.train.runs import metrics, train, train_on, weights
 
@@ -351,6 +356,39 @@ def ended_in_this_process(config: RunConfig, before_step: Callable[[int, int], N
     train(config)
 
 
+def test_a_hang_ends_where_stacks_cannot_be_written(tmp_path: Path) -> None:
+    """With the exit code and the facts of any other."""
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks" / "rank_00000.txt").symlink_to("/dev/full")
+    script = """
+import sys, time
+from pathlib import Path
+from star_dist.train import watchdog
+watchdog.OTHER_RANKS_WAIT_S = 0
+with watchdog.Watchdog(0.5, Path(sys.argv[1]), 0, on_hang=lambda _: print("written down", flush=True)).watching():
+    time.sleep(20)
+"""
+    result = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 70 and result.stdout == "written down\n", result.stderr
+    assert "No space left on device; going on without" in result.stderr and "in the first step" in result.stderr
+
+
+def test_a_checkpoint_of_another_training_is_left_alone(run_config: MakeConfig) -> None:
+    """Of two that were given the same place, or where the file system knows no locks."""
+    config = run_config(train={"steps": 8}, checkpoint={"every": 3})
+    other = Path(config.run_dir) / "checkpoints" / "step_00000006"
+
+    def at_step_4(rank: int, step: int) -> None:
+        if (rank, step) == (0, 4):
+            other.mkdir()
+            (other / "complete.json").write_text("another's")
+
+    assert ended(config, at_step_4) == [(0, "finished")] * 2
+    assert (other / "complete.json").read_text() == "another's"
+    (failed,) = [event for event in read_events(Path(config.run_dir)) if event["event"] == "save_failed"]
+    assert "has a complete checkpoint of step 6: another training writes there, too" in failed["reason"]
+
+
 def test_a_failed_save_is_reported_and_training_goes_on(run_config: MakeConfig, capfd) -> None:
     """No room for the first, a broken write on rank 1 for the second: dropped; the third is good."""
     config = run_config(train={"steps": 9}, checkpoint={"every": 3})
@@ -378,6 +416,28 @@ def test_a_failed_save_is_reported_and_training_goes_on(run_config: MakeConfig, 
     assert "the checkpoint of step 6 failed" in capfd.readouterr().err
     names = [path.name for path in (Path(config.run_dir) / "checkpoints").iterdir()]
     assert names == ["step_00000009"]
+
+
+def test_a_run_folder_that_is_away_for_a_while_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stale(path: Path) -> bool:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    listener = RequestListener(tmp_path, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", stale)
+        assert not any(listener.noted())
+    assert f"cannot write {tmp_path}/STOP: Stale file handle; going on without" in capsys.readouterr().err
+    (tmp_path / "STOP").touch()
+    listener._next_look_s = 0.0
+    assert any(listener.noted())
+
+
+def test_a_node_without_the_run_folder_has_stacks_of_its_own(tmp_path: Path) -> None:
+    """Checkpoints on S3 need no folder that all nodes share."""
+    with Watchdog(60, tmp_path / "run", 1, on_hang=print).watching():
+        assert (tmp_path / "run" / "stacks" / "rank_00001.txt").is_file()
 
 
 def test_old_checkpoints_that_cannot_be_removed_are_reported_and_go_with_the_next(run_config: MakeConfig) -> None:
@@ -522,6 +582,30 @@ def test_one_spike_hides_no_other_and_a_quarter_of_the_window_is_enough() -> Non
     spike = detector.judge(2, 500.0)
     detector.stays(spike)
     assert detector.judge(3, 7.0) is not None and spike.highest == pytest.approx(5.05 + 3 * 0.05)
+
+
+def test_ranks_skip_the_same_data_where_each_has_a_run_folder_of_its_own(
+    run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """As with checkpoints on S3 alone: the file is on the node of rank 0."""
+    (tmp_path / "rank0").mkdir()
+    (tmp_path / "rank0" / "skipped_data.json").write_text("[1]")
+
+    def run() -> list[int]:
+        from star_dist.train.supervisor import Supervisor
+
+        plain, steps = Supervisor.end_step, []
+
+        def end_step(supervisor: Supervisor, step: int) -> Any:
+            steps.append(supervisor.skipped_data.data_step(step))
+            return plain(supervisor, step)
+
+        Supervisor.end_step = end_step
+        with pytest.raises(Unreachable, match="the last checkpoint could not be written"):  # nor is it on S3 here
+            train(run_config(run_dir=str(tmp_path / f"rank{os.environ['RANK']}"), train={"steps": 3}))
+        return steps
+
+    assert run_ranks(run, 2) == [[0, 2, 3]] * 2
 
 
 def test_data_is_skipped_in_any_order(tmp_path: Path) -> None:

@@ -55,6 +55,14 @@ def test_state(events: list[tuple[str, dict[str, Any]]], state: str, tmp_path: P
     assert run_status(tmp_path)["state"] == state
 
 
+def test_a_job_that_found_the_folder_taken_does_not_end_the_training(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(CONFIG.read_text())
+    append_event(tmp_path, *START[:1], **START[1], job="7")
+    append_event(tmp_path, "failed", exit_code=69, job="8")
+    (tmp_path / "heartbeat.json").write_text(json.dumps({"step": 5, "train_s": 1.0, "time": time.time()}))
+    assert run_status(tmp_path)["state"] == "running"
+
+
 def test_a_run_without_a_trace_for_long(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(CONFIG.read_text())
     facts = {"event": "start", "time": time.time() - 3600, "step": 0, "last_step": 0}
