@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from star_dist.config import (
     CaptionConfig,
     ConfigError,
+    DataSection,
     PrepConfig,
     RunConfig,
     TokenizerTrainConfig,
@@ -72,8 +74,8 @@ def test_overrides_are_json_or_text() -> None:
             'deepspeed={"zero_optimisation":{}}',
             r"unknown key deepspeed\.zero_optimisation; did you mean deepspeed\.zero_opt",
         ),
-        ('deepspeed={"train_batch_size":4}', r"deepspeed\.train_batch_size is derived from train\.global_batch"),
-        ('deepspeed={"zero_optimization":{"stage":1}}', r"zero_optimization\.stage is derived from train\.zero_stage"),
+        ('deepspeed={"train_batch_size":4}', r"train_batch_size is what star-dist sets; use train\.global_batch"),
+        ('deepspeed={"zero_optimization":{"stage":1}}', r"stage is what star-dist sets; use train\.zero_stage"),
         (
             'deepspeed={"zero_optimization":{"reduce_buket_size":1}}',
             r"unknown key deepspeed\.zero_optimization\.reduce_buket_size; did you mean .*\.reduce_bucket_size",
@@ -137,6 +139,12 @@ def test_sizes_of_caches_are_those_that_streaming_reads(limit: str) -> None:
 
     config = load_config(RunConfig, CONFIGS / "d16.json", [f'data.cache_limit="{limit}"'])
     assert bytes_to_int(config.data.cache_limit) > 0
+
+
+def test_algorithms_of_shuffling_are_those_of_streaming() -> None:
+    from streaming.base.shuffle import algos
+
+    assert set(get_args(DataSection.model_fields["shuffle_algorithm"].annotation)) == set(algos)
 
 
 def test_an_option_without_effect_needs_no_fitting_value() -> None:

@@ -107,7 +107,7 @@ class DataSection(Section):
     text_features: bool = False
     caption_weights: dict[str, Annotated[float, Field(gt=0)]] = {}
     shuffle: bool = True
-    shuffle_algorithm: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = "py1e"
+    shuffle_algorithm: Literal["py1e", "py1br", "py1s", "py2s", "naive"] = "py1e"
     shuffle_block_size: Positive | None = None
     num_canonical_nodes: Positive = 64
     num_workers: Count = 4

@@ -28,7 +28,7 @@ class TrainBatches:
     """This rank's micro-batches of the training split, from any step on.
 
     Raises:
-        UserError: the split is smaller than one global batch.
+        UserError: the split is smaller than one global batch, or has too few samples to be shuffled.
     """
 
     def __init__(self, config: RunConfig, metadata: Sequence[DatasetMetadata], world_size: int) -> None:
@@ -54,6 +54,12 @@ class TrainBatches:
             raise UserError(
                 f"split {data.train_split!r} has {self.dataset.epoch_size} samples, fewer than one global batch; "
                 f"train.global_batch is {self.global_batch}, make it smaller or add data"
+            )
+        # The library would refuse it in the middle of the first step; its other algorithms repeat samples instead.
+        if data.shuffle and data.shuffle_algorithm == "py1e" and self.dataset.epoch_size < data.num_canonical_nodes:
+            raise UserError(
+                f"split {data.train_split!r} has {self.dataset.epoch_size} samples, fewer than "
+                f"data.num_canonical_nodes {data.num_canonical_nodes}; make that smaller or add data"
             )
         self.loader = DataLoader(
             self.dataset,

@@ -25,9 +25,9 @@ from torch import Tensor
 from star_dist.config import DataSection
 from star_dist.data.captions import choose_caption
 from star_dist.data.fetch import check_local_shards
-from star_dist.data.schema import DatasetMetadata, decode_captions, decode_features, decode_tokens
+from star_dist.data.schema import FEATURE_DTYPE, DatasetMetadata, decode_captions, decode_features, decode_tokens
 from star_dist.data.shared_memory import one_number_for_all_ranks, record_segments
-from star_dist.data.streams import CORRUPT_MARK, CorruptShard, build_streams, remove_leftovers
+from star_dist.data.streams import CORRUPT_MARK, CorruptShard, UnreadableIndex, build_streams, remove_leftovers
 from star_dist.errors import Unreachable, UserError
 from star_dist.files import FULL_DISK
 from star_dist.scales import ScaleSchedule
@@ -57,14 +57,15 @@ class MicroBatch:
 class Samples:
     """A micro-batch before its captions are chosen: captions, and features where stored, of each sample by name.
 
-    tokens_BL: as stored. Arrays of this size go from a loader worker to its rank faster in the message itself than as
-    tensors, which travel in shared memory of their own.
+    tokens_BL: as stored. Arrays go from a loader worker to its rank in the message itself, which is faster than as
+    tensors: each of those travels in shared memory of its own and keeps a file open until its batch is trained on, and
+    a few batches of features were more than the usual limit of 1,024 files.
     """
 
     sample_ids: tuple[int, ...]
     tokens_BL: np.ndarray
     captions: tuple[dict[str, str], ...]
-    features: tuple[dict[str, tuple[Tensor, Tensor]], ...] | None
+    features: tuple[dict[str, tuple[np.ndarray, np.ndarray]], ...] | None
     present: tuple[bool, ...]
 
     def choose_captions(self, weights: Mapping[str, float], *, seed: int, step: int) -> MicroBatch:
@@ -77,7 +78,8 @@ class Samples:
             sample_ids=self.sample_ids,
             tokens_BL=torch.from_numpy(self.tokens_BL.astype(np.int64)),
             captions=tuple(captions[name] for captions, name in zip(self.captions, names)),
-            features=self.features and tuple(features[name] for features, name in zip(self.features, names)),
+            features=self.features
+            and tuple(tuple(map(torch.from_numpy, features[name])) for features, name in zip(self.features, names)),
             present=self.present,
         )
 
@@ -93,13 +95,16 @@ class CaptionedTokens(StreamingDataset):
     ranks) are left out.
 
     Raises:
-        UserError: no such split, a local shard that is missing or cut short, or a cache limit that is too small.
+        UserError: no such split, a local shard that is missing or cut short, an index that cannot be read, or a cache
+            limit that is too small.
     """
 
     def __init__(
         self, data: DataSection, split: str, metadata: Sequence[DatasetMetadata], *, text_width: int, **options: Any
     ):
         check_local_shards(data, split)
+        self.place = f"{data.place}/{split}"
+        self.cache = ", ".join(source.local for source in data.all_sources)
         on_first_rank_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
         if on_first_rank_of_host:
             remove_leftovers(data, split)
@@ -107,14 +112,15 @@ class CaptionedTokens(StreamingDataset):
             with one_number_for_all_ranks():
                 super().__init__(streams=build_streams(data, split), cache_limit=data.cache_limit, **options)
         except ValueError as error:
-            raise UserError(f"the data set at {data.place}/{split} cannot be streamed: {error}") from None
+            raise UserError(f"the data set at {self.place} cannot be streamed: {error}") from None
+        except UnreadableIndex as error:
+            raise self._explained(error.__cause__) from None
         if on_first_rank_of_host:
             record_segments(self._shm_prefix_int)
         self.metadata = metadata
         self.feature_width = text_width if data.text_features else None
         self.skip_corrupt = data.corrupt_shards == "skip"
-        self.place = f"{data.place}/{split}"
-        self.cache = ", ".join(source.local for source in data.all_sources)
+        self.num_tokens = ScaleSchedule(metadata[0].scales).num_tokens
         self.position = (0, 0)
         self.failure: BaseException | None = None
 
@@ -200,7 +206,7 @@ class CaptionedTokens(StreamingDataset):
         return Path(stream.local) / stream.split / f"{raw_file.basename}{CORRUPT_MARK}"
 
     def _explained(self, error: BaseException) -> UserError:
-        """What ends the training when a shard cannot be read."""
+        """What ends the training when an index or a shard cannot be read."""
         problem = f"cannot read the data set at {self.place}: "
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             return UserError(f"{problem}no room in the cache {self.cache}; set data.cache_limit, or another data.local")
@@ -216,7 +222,7 @@ class CaptionedTokens(StreamingDataset):
         """One sample; a blank one (`present` False) of a corrupt shard that is skipped.
 
         Raises:
-            UserError: its shard cannot be downloaded, or its bytes are not those that the index promises.
+            UserError: its shard cannot be downloaded or has not the bytes that the index promises, or it is damaged.
         """
         metadata = self.metadata[self.stream_per_shard[self.spanner[index][0]]]
         try:
@@ -225,6 +231,11 @@ class CaptionedTokens(StreamingDataset):
             return self._blank(index, metadata)
         except Exception as error:  # of any client of any store
             raise self._explained(self.failure or error) from None
+        if problem := self._damage(stored, metadata):
+            raise UserError(
+                f"sample {index} of {self.place} (key {stored['key']!r}) is damaged: it has {problem}; find all such "
+                f"samples with python -m data_prep.verify, and copy or tokenize the data set again"
+            )
         sample = {
             "sample_id": int(index),
             "present": True,
@@ -232,17 +243,29 @@ class CaptionedTokens(StreamingDataset):
             "captions": decode_captions(stored, metadata),
         }
         if self.feature_width is not None:
-            decoded = {name: decode_features(stored, name, self.feature_width) for name in sample["captions"]}
-            sample["features"] = {name: tuple(map(torch.from_numpy, parts)) for name, parts in decoded.items()}
+            sample["features"] = {
+                name: decode_features(stored, name, self.feature_width) for name in sample["captions"]
+            }
         return sample
+
+    def _damage(self, stored: Mapping[str, Any], metadata: DatasetMetadata) -> str | None:
+        """What a sample has that none may have: nobody compares the shards of a local data set with their hashes, and
+        of a wrong token a GPU says no more than that an assertion failed."""
+        num_bytes = self.num_tokens * np.dtype(metadata.token_dtype).itemsize
+        if len(stored["tokens"]) != num_bytes:
+            return f"{len(stored['tokens'])} bytes of tokens, scales {list(metadata.scales)} take {num_bytes}"
+        largest = decode_tokens(stored, metadata).max()
+        if largest >= metadata.vocab_size:
+            return f"token {largest}, the codebook has {metadata.vocab_size}"
+        return None if decode_captions(stored, metadata) else "no caption"
 
     def _blank(self, index: int, metadata: DatasetMetadata) -> dict[str, Any]:
         """Stands for a sample of a skipped shard, so that batches keep their shape."""
-        tokens = np.zeros(ScaleSchedule(metadata.scales).num_tokens, metadata.token_dtype)
+        tokens = np.zeros(self.num_tokens, metadata.token_dtype)
         sample = {"sample_id": int(index), "present": False, "tokens": tokens, "captions": {BLANK: ""}}
         if self.feature_width is not None:
-            hidden = torch.zeros(1, self.feature_width, dtype=torch.float16)
-            sample["features"] = {BLANK: (hidden, hidden[0].clone())}
+            hidden = np.zeros((1, self.feature_width), FEATURE_DTYPE)
+            sample["features"] = {BLANK: (hidden, hidden[0])}
         return sample
 
 

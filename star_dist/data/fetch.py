@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from star_dist.data.schema import (
 )
 from star_dist.data.streams import apply_s3_settings
 from star_dist.errors import UserError
-from star_dist.files import replaced
+from star_dist.files import read_json_object, replaced
 from star_dist.object_store import open_store
 from star_dist.text import TextFeatures
 from star_dist.weights import read_weights
@@ -114,9 +113,11 @@ def check_local_shards(data: DataSection, split: str) -> None:
 
 def _check_local_shards(root: Path, split: str) -> None:
     index = root / split / "index.json"
-    if not index.is_file():
-        raise UserError(f"no split {split!r} in the data set at {root}: {index} does not exist")
-    for shard in json.loads(index.read_text())["shards"]:
+    absent = f"no split {split!r} in the data set at {root}: {index} does not exist"
+    shards = read_json_object(index, absent).get("shards")
+    if not shards:
+        raise UserError(f"{index} is damaged: it names no shards; copy the data set again")
+    for shard in shards:
         file = shard["zip_data"] or shard["raw_data"]
         path = index.parent / file["basename"]
         size = path.stat().st_size if path.is_file() else None

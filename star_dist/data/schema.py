@@ -183,9 +183,13 @@ def check_matches(metadata: DatasetMetadata, config: RunConfig, tokenizer_hash: 
                 f"the data set {place} has {name} {_shown(stored)}, the run has {_shown(value)}; "
                 f"change {option} or data, or tokenize again"
             )
-    for split in filter(None, (config.data.train_split, config.data.validation_split)):
-        if not metadata.splits.get(split):
-            raise UserError(f"the data set {place} has no samples in split {split!r}; it has {dict(metadata.splits)}")
+    for option, or_else in (("train_split", ""), ("validation_split", " (null, with validation.every 0, for none)")):
+        split = getattr(config.data, option)
+        if split is not None and not metadata.splits.get(split):
+            raise UserError(
+                f"the data set {place} has no samples in split {split!r}; it has {dict(metadata.splits)}; change "
+                f"data.{option}{or_else}"
+            )
     _check_captions(metadata, config.data.caption_weights, place)
     if config.data.text_features:
         if metadata.text_features is None:

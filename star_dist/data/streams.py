@@ -30,6 +30,10 @@ class CorruptShard(RuntimeError):
     """A shard whose bytes are not those that the index promises, however often it is fetched."""
 
 
+class UnreadableIndex(RuntimeError):
+    """An index.json that cannot be fetched, or that names no shards; its cause says why."""
+
+
 class CheckedStream(Stream):
     """A stream that fetches a shard again when its hash is wrong, and never leaves a wrong one in the cache.
 
@@ -42,7 +46,19 @@ class CheckedStream(Stream):
         self.downloading: set[Reader] = set()
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
-        return [OpenShard(shard) for shard in super().get_shards(world, allow_unsafe_types)]
+        """All shards, as index.json names them.
+
+        Raises:
+            UnreadableIndex: it cannot be fetched, or names none.
+            ValueError: it is no JSON, or of another version.
+        """
+        try:
+            shards = super().get_shards(world, allow_unsafe_types)
+        except ValueError:
+            raise
+        except Exception as error:  # of any client of any store
+            raise UnreadableIndex from error
+        return [OpenShard(shard) for shard in shards]
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray) -> None:
         if self.remote is not None:

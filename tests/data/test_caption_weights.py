@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep.tokenization import tokenize
 from star_dist.config import PrepConfig, RunConfig, parse_config
+from star_dist.data.captions import choose_caption
 from tests.ranks import run_ranks
 from tests.s3 import S3Bucket
 
@@ -61,7 +62,7 @@ def test_captions_are_drawn_by_weight_and_the_same_after_a_resume_on_other_ranks
     assert metadata.captions == {"original": 60, "detailed": 45}
 
     def config(cache: str, **data: Any) -> RunConfig:
-        return run_config(data={"remote": f"{s3.url}/set", "local": str(tmp_path / cache)} | data)
+        return run_config(seed=3, data={"remote": f"{s3.url}/set", "local": str(tmp_path / cache)} | data)
 
     weights = {"caption_weights": {"original": 1.0, "detailed": 3.0}}
     found = streamed(config("a", **weights), 0, 18, 1)
@@ -71,6 +72,10 @@ def test_captions_are_drawn_by_weight_and_the_same_after_a_resume_on_other_ranks
     for (_, sample), caption in found.items():
         kinds.setdefault(sample, set()).add(caption.startswith("a detailed"))
     assert sum(len(of_sample) == 2 for of_sample in kinds.values()) > 10  # another draw every time a picture comes
+    for (step, sample), caption in found.items():
+        if len(kinds[sample]) == 2:
+            drawn = choose_caption(metadata.captions, weights["caption_weights"], seed=3, step=step, sample_id=sample)
+            assert caption.startswith("a detailed") == (drawn == "detailed"), (step, sample)  # in later epochs, too
     resumed = streamed(config("b", **weights), 7, 11, 2)
     assert resumed == {key: caption for key, caption in found.items() if key[0] >= 7}
     assert not any(caption.startswith("a detailed") for caption in streamed(config("c"), 0, 3, 1).values())

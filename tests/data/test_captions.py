@@ -4,8 +4,10 @@ from collections import Counter
 
 import pytest
 
+from star_dist.data import captions
 from star_dist.data.batches import drop_captions
 from star_dist.data.captions import choose_caption
+from star_dist.train import token_dropping
 
 NAMES = ("original", "recaptioned", "tags")
 
@@ -40,3 +42,4 @@ def test_which_caption_is_taken_and_whether_it_is_dropped_are_drawn_apart() -> N
     dropped = drop_captions(range(3000), seed=1, step=5, rate=0.2)
     shares = Counter(name for name, drop in zip(names, dropped) if drop)
     assert abs(shares["recaptioned"] / sum(dropped) - 0.8) < 0.06
+    assert captions.DRAW != token_dropping.DRAW  # seeded with (seed, step, sample), too

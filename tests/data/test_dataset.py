@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import threading
 import time
@@ -12,9 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from streaming import MDSWriter
 from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.format import reader_from_json
 
-from star_dist.config import RunConfig
+from data_prep.tokenization import tokenize
+from star_dist.config import PrepConfig, RunConfig, parse_config
 from star_dist.data.batches import HeldOutBatches, drop_captions
 from star_dist.data.dataset import CaptionedTokens
 from star_dist.data.fetch import check_local_shards, fetch_metadata
@@ -153,6 +158,31 @@ def test_an_epoch_leaves_no_file_open(run_config: MakeConfig, num_workers: int) 
     assert min(found[4:]) <= max(found[:4]), found  # what is open for a moment aside
 
 
+def test_stored_features_keep_no_file_open(run_config: MakeConfig, prep_values: dict[str, Any], tmp_path: Path) -> None:
+    """Batches that loader workers have ready: two features of every picture in each."""
+    text = json.loads(run_config().text.model_dump_json())
+    tokenize(parse_config(PrepConfig, prep_values | {"output": str(tmp_path / "set"), "text_features": text}))
+    data = {"local": str(tmp_path / "set"), "text_features": True, "num_workers": 1}
+    config = run_config(data=data, train={"micro_batch": 8})
+
+    def read() -> list[tuple[torch.Size, torch.dtype]]:
+        import torch.distributed
+
+        from star_dist.data.batches import TrainBatches
+
+        process = prepare_process_environment()
+        torch.distributed.init_process_group("gloo")
+        batches = TrainBatches(config, fetch_metadata(config.data), process.world_size)
+        most = len(list(Path("/proc/self/fd").iterdir())) + 32
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        stream = batches.starting_at(0)
+        found = [next(stream) for _ in range(batches.steps_per_epoch)]
+        return [(pooled.shape, pooled.dtype) for batch in found for _, pooled in batch.features]
+
+    (features,) = run_ranks(read, 1)
+    assert features == [((16,), torch.float16)] * 48
+
+
 def test_a_shard_that_is_evicted_while_it_is_waited_for_is_fetched_again() -> None:
     """As a cache limit does it that is small for what is read ahead."""
     states = [_ShardState.LOCAL, _ShardState.PREPARING]
@@ -195,6 +225,12 @@ def test_jobs_of_one_host_may_start_and_end_together(run_config: MakeConfig) -> 
     assert not set(first) & set(second)
 
 
+def test_how_samples_are_shuffled_is_the_configs_choice(run_config: MakeConfig) -> None:
+    plain = order(run_config(data={"shuffle": False, "num_canonical_nodes": 1}), 0, 6, 1)
+    assert plain == [list(range(8 * step, 8 * step + 8)) for step in range(6)]
+    assert order(run_config(data={"shuffle_algorithm": "py1s"}), 0, 6, 1) != order(run_config(), 0, 6, 1)
+
+
 def test_seed_changes_the_order(run_config: MakeConfig) -> None:
     assert order(run_config(seed=1), 0, 6, 1) != order(run_config(seed=2), 0, 6, 1)
 
@@ -225,6 +261,10 @@ def test_cut_and_missing_shards_are_named(dataset_folder: Path, run_config: Make
         check_local_shards(data, "train")
     with pytest.raises(UserError, match="no split 'other'"):
         check_local_shards(data, "other")
+    for content in ("", "[]", '{"version": 2}', '{"version": 2, "shards": []}'):
+        (copy / "train" / "index.json").write_text(content)
+        with pytest.raises(UserError, match=r"train/index\.json is damaged"):
+            check_local_shards(data, "train")
 
 
 def test_a_remote_is_read_through_a_local_cache(dataset_folder: Path, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -259,6 +299,34 @@ def test_a_remote_shard_that_is_cut_short_is_named(
         order(config, 0, 3, 1)
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"tokens": np.full(30, 64, "<u2").tobytes()}, r"token 64, the codebook has 64"),
+        ({"tokens": bytes(59)}, r"59 bytes of tokens, scales \[1, 2, 3, 4\] take 60"),
+        ({"tokens": b""}, r"0 bytes of tokens"),
+        ({"caption_original": ""}, r"no caption"),
+    ],
+)
+def test_a_damaged_sample_of_a_local_data_set_is_named(
+    dataset_folder: Path, run_config: MakeConfig, tmp_path: Path, damage: dict[str, Any], said: str
+) -> None:
+    """Of shards with the right size, which is all that is looked at before training."""
+    (index,) = json.loads((dataset_folder / "train" / "index.json").read_text())["shards"]
+    samples = list(reader_from_json(str(dataset_folder), "train", index))
+    samples[7] |= damage
+    copy = tmp_path / "set"
+    shutil.copytree(dataset_folder, copy)
+    columns = dict(zip(index["column_names"], index["column_encodings"]))
+    with MDSWriter(out=str(copy / "train"), columns=columns, exist_ok=True) as writer:
+        for sample in samples:
+            writer.write(sample)
+    config = run_config(data={"local": str(copy), "num_workers": 1})
+    key = samples[7]["key"]
+    with pytest.raises(RankFailed, match=rf"\n\S*UserError: sample 7 of {copy}/train \(key '{key}'\) .* has {said}"):
+        order(config, 0, 6, 1)
+
+
 def test_a_held_out_shard_that_is_damaged_is_named(
     dataset_folder: Path, run_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -282,7 +350,7 @@ def test_held_out_samples_that_are_absent_or_fill_up_have_no_weight(
     run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stored:
-        samples_per_stream = np.array([9])
+        samples_per_stream = np.array([5, 4])
 
         def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -292,7 +360,8 @@ def test_held_out_samples_that_are_absent_or_fill_up_have_no_weight(
 
     monkeypatch.setattr("star_dist.data.batches.CaptionedTokens", Stored)
     batches = HeldOutBatches(run_config(validation={"num_samples": 3}), (), 0, 1)
-    assert [weights_B.tolist() for _, weights_B in batches] == [[1, 0], [1, 0]]
+    ids, weights = zip(*((batch.sample_ids, weights_B.tolist()) for batch, weights_B in batches))
+    assert ids == ((0, 1), (5, 5)) and weights == ([1, 0], [1, 0])
 
 
 def test_a_cache_without_room_is_one_message(

@@ -61,7 +61,10 @@ def test_matching_shards_are_accepted(dataset_folder: Path, run_config: Callable
         ({"vocab_size": 128}, r"vocab_size 128, the run has 64"),
         ({"resolution": 32}, r"resolution 32, the run has 16"),
         ({"scales": (1, 4)}, r"scales \[1, 4\], the run has \[1, 2, 3, 4\]"),
-        ({"splits": {"train": 3}}, r"no samples in split 'val'; it has \{'train': 3\}"),
+        (
+            {"splits": {"train": 3}},
+            r"no samples in split 'val'; it has \{'train': 3\}; change data\.validation_split \(null",
+        ),
     ],
 )
 def test_other_shards_are_refused_with_both_values(

@@ -1,6 +1,7 @@
 """Streaming from a real S3 server through the faults of object stores: nothing lost, repeated or silent."""
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -116,11 +117,12 @@ def test_a_corrupt_shard_is_skipped_and_counted_by_option(
     assert limit < sum(shards)  # shards go and come back, the skipped one too
     limited = on_s3(data=data | {"cache_limit": f"{limit}b"})
     assert order(limited, 0, 6, 1) == undisturbed  # ids and batches keep their places
-    config = on_s3(data=data, train={"steps": 6}, checkpoint={"every": 6})
+    config = on_s3(data=data, train={"steps": 6}, checkpoint={"every": 6}, optimizer={"learning_rate": 1e-9})
     run_ranks(train, 1, config)
     lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
     seen = {sample for step in undisturbed for sample in step}
     assert sum(line["data/skipped_samples"] for line in lines) == len(shard_samples(many_shards, SHARD) & seen) > 0
+    assert all(line["loss/total"] == pytest.approx(math.log(64), abs=0.1) for line in lines)  # a mean of the others
 
 
 def test_a_file_cut_short_in_the_cache_is_fetched_again(
@@ -169,6 +171,14 @@ def test_access_mistakes_are_one_message_before_training(
     assert "\n" not in str(error.value)
     for secret in ("wrong-secret", s3.server.secret_key):
         assert secret not in str(error.value)
+
+
+def test_a_missing_index_is_one_message(on_s3: MakeConfig, s3: S3Bucket) -> None:
+    config = on_s3()
+    s3.client().delete_object(Bucket=s3.bucket, Key="set/train/index.json")
+    said = r"cannot read the data set at \S+/set/train: .*/set/train/index\.json not found"
+    with pytest.raises(RankFailed, match=rf"\n\S*Unreachable: {said}"):
+        order(config, 0, 1, 2)
 
 
 def test_endpoint_and_region_come_from_the_config(

@@ -16,6 +16,7 @@ def test_statistics_follow_the_table() -> None:
     std = cut / math.sqrt(3 * 128)
     parameters = dict(model.named_parameters())
     assert abs(parameters["blocks.0.attn.mat_qkv.weight"].std().item() / std - 1) < 0.03
+    assert abs(parameters["encoder_proj.weight"].std().item() / std - 1) < 0.03
     assert abs(parameters["blocks.1.ffn.fc2.weight"].std().item() / (std / math.sqrt(9)) - 1) < 0.03
     assert abs(parameters["head_logits.weight"].std().item() / (std * 0.02) - 1) < 0.03
     assert torch.allclose(parameters["blocks.0.cross_attn.scale_mul_1H11"].exp(), torch.tensor(4.0))

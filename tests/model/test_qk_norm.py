@@ -36,6 +36,11 @@ def test_values_and_gradients(inputs: tuple, rotated: bool, scaled: bool) -> Non
     assert torch.autograd.gradcheck(lambda x, factor=None: rotate_and_normalize(x, rotary, factor), leaves)
 
 
+def test_short_vectors_have_unit_length_too() -> None:
+    x = torch.full((1, 1, 4), 1e-6)
+    assert torch.allclose(rotate_and_normalize(x, None), torch.full((1, 1, 4), 0.5))
+
+
 def test_bf16_is_computed_in_float32(inputs: tuple) -> None:
     x, rotary, factor = inputs
     low = x.bfloat16().requires_grad_()

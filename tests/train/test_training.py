@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from star_dist.config import RunConfig
+from star_dist.learning_rate import learning_rate_fraction
 from star_dist.model.flops import training_flops
 from star_dist.train.facts import read_events
+from star_dist.train.own_time import slowest_rank
 from tests.ranks import RankFailed, run_ranks
 from tests.train.runs import metrics, start_training, train, train_on, wait_for_step, weights
 
@@ -49,6 +51,10 @@ def test_loss_falls_and_everything_is_reported(run_config: MakeConfig) -> None:
     environment = json.loads((run_dir / "environment.json").read_text())
     assert environment["world_size"] == 2 and environment["attention_kernel"].startswith("sdpa")
     flops_per_s = training["throughput/images_per_s"] * training_flops(config.star_config(), config.schedule, 4)
+    assert training["throughput/images_per_s"] * training["time/step_s"] == pytest.approx(8)
+    assert training["throughput/tokens_per_s"] == pytest.approx(30 * training["throughput/images_per_s"])
+    rate = 1e-2 * learning_rate_fraction(4, 30, 2, "cosine", 0.1)
+    assert training["step"] == 5 and training["optim/learning_rate"] == pytest.approx(rate)  # of the last step
     assert training["throughput/mfu"] == pytest.approx(flops_per_s / (2 * environment["peak_flops"]))
 
 
@@ -284,16 +290,21 @@ def test_knobs_of_deepspeed_train_and_resume(run_config: MakeConfig, tmp_path: P
 
 
 def test_validation_counts_every_held_out_sample_once(run_config: MakeConfig, tmp_path: Path) -> None:
-    """However many ranks: 7 samples over 2 ranks x 2 leave a short last round."""
+    """However many ranks: 7 samples over 2 ranks x 2 leave a short last round. Whole, whatever training drops."""
     results = []
-    for world_size in (1, 2):
+    drops = {"caption_dropout": 1.0, "token_keep": 0.5}
+    for world_size, micro_batch, dropped in ((1, 1, {}), (1, 2, drops), (2, 2, {})):
         config = run_config(
-            run_dir=str(tmp_path / str(world_size)),
-            train={"steps": 2},
+            run_dir=str(tmp_path / f"{world_size}x{micro_batch}"),
+            train={"steps": 2, "micro_batch": micro_batch} | dropped,
+            optimizer={"learning_rate": 1e-9},
             validation={"every": 2, "num_samples": 7},
         )
-        results.append(train_on(config, world_size)[2]["validation/loss/total"])
-    assert results[0] == pytest.approx(results[1], abs=SPLIT_TOLERANCE)
+        reported = train_on(config, world_size)[2]
+        results.append({name: value for name, value in reported.items() if name.startswith("validation/")})
+    assert len(results[0]) == 10
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], abs=SPLIT_TOLERANCE)
 
 
 def test_what_fails_after_a_save_comes_with_the_next_start(run_config: MakeConfig, tmp_path: Path) -> None:
@@ -365,6 +376,10 @@ def mistakes() -> list[tuple[dict, str]]:
         ({"text": {"encoder": "/absent"}}, r"text encoder '/absent' could not be loaded"),
         ({"text": {"width": 32}}, r"has width 16, text\.width is 32"),
         ({"train": {"global_batch": 128, "micro_batch": 2}}, r"fewer than one global batch"),
+        (
+            {"data": {"num_canonical_nodes": 64}},
+            r"split 'train' has 50 samples, fewer than data.num_canonical_nodes 64",
+        ),
         ({"checkpoint": {"resume_step": 5}}, r"has no complete checkpoint of step 5, only of steps \[\]"),
         ({"train": {"init_from": "/absent"}}, r"/absent is no inference folder"),
     ]
@@ -458,6 +473,11 @@ def test_what_is_no_training_counts_as_no_time_of_it(run_config: MakeConfig) -> 
     run_ranks(run, 1)
     lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
     assert all(line["time/step_s"] < 1 for line in lines if "time/step_s" in line)
+
+
+def test_the_slowest_rank_is_told_by_its_time_per_step() -> None:
+    expected = {"time/slowest_rank": 1, "time/slowest_rank_own_s": 2.0, "time/mean_rank_own_s": 1.0}
+    assert slowest_rank([1.0, 6.0, 2.0], steps=3) == expected
 
 
 def test_another_tokenizers_checkpoint_is_refused(run_config: MakeConfig, tmp_path: Path) -> None:
