@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class RequestListener:
         # A launcher that is killed leaves its ranks running, where the next start finds them in its way.
         self._launcher = os.getppid() if LAUNCHER_VARIABLES & os.environ.keys() else None
         self._noted: set[str] = set()
+        self._first_step_done = threading.Event()
         self._next_look_s = 0.0
 
     @contextlib.contextmanager
@@ -70,14 +72,32 @@ class RequestListener:
 
         for number in SIGNALS.values():
             signal.signal(number, note)
+        if self._launcher is not None:
+            threading.Thread(target=self._end_a_start_with, args=(self._launcher,), daemon=True).start()
         try:
             yield
         finally:
+            self._first_step_done.set()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _end_a_start_with(self, launcher: int) -> None:
+        """Ends this process if its launcher dies before the first step is done.
+
+        There is nothing to save yet, and ranks that have lost others would wait for them for half an hour, holding the
+        locks of the run folder and of the cache.
+        """
+        while not self._first_step_done.wait(FILE_CHECK_S):
+            if os.getppid() != launcher:
+                print("error: the launcher has died before the first step; start again", file=sys.stderr, flush=True)
+                os._exit(PREEMPTED_EXIT)
+
     def noted(self) -> list[float]:
-        """One number per entry of REQUESTS, 1 where this rank was asked since the last call; removes the files."""
+        """One number per entry of REQUESTS, 1 where this rank was asked since the last call; removes the files.
+
+        Called at the end of every step.
+        """
+        self._first_step_done.set()
         if self._files and time.monotonic() >= self._next_look_s:
             self._next_look_s = time.monotonic() + FILE_CHECK_S
             for name, path in self._files.items():

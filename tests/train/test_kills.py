@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -153,6 +154,26 @@ def test_twenty_kills_change_nothing(run_config: Callable[..., RunConfig], tmp_p
     )
     assert killed_until > starts[1] > 0
     print(f"from {starts}; {summary.lost_steps} steps lost, goodput {summary.goodput:.2f}")
+
+
+def test_a_launcher_that_is_killed_before_the_first_step_takes_its_ranks_along() -> None:
+    """They would wait for one another for half an hour, and the next start for them."""
+    start = (
+        "from pathlib import Path; import time; from star_dist.train.signals import RequestListener\n"
+        "with RequestListener(Path(), 0).listening(): print('starting', flush=True); time.sleep(60)"
+    )
+    launcher = subprocess.Popen(
+        ["bash", "-c", '"$@" & wait', "bash", sys.executable, "-c", start],
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout.readline() == "starting\n"
+    (rank,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    assert "the launcher has died before the first step" in launcher.stderr.read()  # which ends with the rank
+    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_killed_launcher_lets_its_ranks_save(run_config: Callable[..., RunConfig]) -> None:
