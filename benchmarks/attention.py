@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import chosen_device, device_name, kernel_seconds, median_seconds, peak_bytes, print_table, write_json
+from text_by_flex import TextByFlex
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ from star_dist.model.kernels.flash import (
     TextByVarlen,
     flash_attn_4,
 )
-from star_dist.model.kernels.flex import FlexKernel, TextByFlex, has_flash_backend
+from star_dist.model.kernels.flex import FlexKernel, has_flash_backend
 from star_dist.model.kernels.reference import block_causal_mask
 from star_dist.model.kernels.sdpa import SdpaKernel, scaled_dot_product
 from star_dist.model.layout import PackedLayout

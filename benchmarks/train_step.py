@@ -44,13 +44,13 @@ from tqdm import tqdm
 from star_dist.cli import command_parser, run_command
 from star_dist.config import RunConfig, load_config
 from star_dist.errors import UserError
+from star_dist.model.activation_checkpointing import Checkpointing
 from star_dist.model.attention import PackedAttention
 from star_dist.model.block_functions import PLAIN, BlockFunctions, compiled_blocks, compiled_functions
 from star_dist.model.chunked_loss import fast_float32_products
 from star_dist.model.config import StarConfig
 from star_dist.model.flops import training_flops
 from star_dist.model.layout import PackedLayout
-from star_dist.model.recompute import Recompute
 from star_dist.model.rope import Rotary, rotate
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
@@ -73,7 +73,7 @@ class Case:
     schedule: ScaleSchedule
     batch: int
     dtype: torch.dtype
-    recompute: Recompute
+    checkpointing: Checkpointing
     compile: str
     accumulate: int  # micro-batches of a step
 
@@ -130,7 +130,7 @@ def build_step(kind: Kind, case: Case, device: torch.device) -> Callable[[], Non
     torch.manual_seed(0)
     config = StarConfig(depth=case.depth, scales=case.schedule.sides)
     with device:
-        model = kind(config, recompute=case.recompute).to(case.dtype)
+        model = kind(config, checkpointing=case.checkpointing).to(case.dtype)
     fill_with_noise(model)
     masters = [p.detach().float().requires_grad_() for p in model.parameters()] if case.dtype != torch.float32 else None
     parameters = list(model.parameters())

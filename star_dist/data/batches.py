@@ -1,8 +1,8 @@
 """Micro-batches in an order that is a function of the step alone.
 
 The position in the data is `step x global batch`: every epoch gives as many whole global batches as fit, and starting
-at a step means skipping the samples of all earlier ones. Nothing about the loader has to be saved (the loader's own
-counter is wrong for packed batches, deepspeed-notes.md).
+at a step means skipping the samples of all earlier ones. Nothing about the loader has to be saved (its own
+counter, of mosaicml-streaming 0.13, is wrong for packed batches).
 
 B samples of a micro-batch.
 """

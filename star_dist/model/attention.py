@@ -15,13 +15,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from star_dist.model.activation_checkpointing import Checkpointing
 from star_dist.model.block_functions import PLAIN, BlockFunctions
 from star_dist.model.kernels.base import Kernel, KernelUnavailable
 from star_dist.model.kernels.flash import flash_kernel
 from star_dist.model.kernels.reference import ReferenceKernel
 from star_dist.model.kernels.sdpa import SdpaKernel
 from star_dist.model.layout import PackedLayout
-from star_dist.model.recompute import Recompute
 
 KeyValue = tuple[Tensor, Tensor]
 Constants = tuple[Tensor, Tensor]
@@ -86,18 +86,18 @@ def choose_kernel(
     *,
     training: bool,
     functions: BlockFunctions = PLAIN,
-    recompute: Recompute = "none",
+    checkpointing: Checkpointing = "none",
 ) -> Kernel:
     """The kernel of a name of `KERNELS`, ready to run on a device in a precision; for training also backwards.
 
-    functions: plain or compiled, of which a kernel takes what it needs. recompute: activation checkpointing, of which
-    `selective` keeps attention's results only of a kernel that it sees. `auto` takes the fastest that can run.
+    functions: plain or compiled, of which a kernel takes what it needs. checkpointing: of activations; `selective`
+    keeps attention's results only of a kernel that it sees. `auto` takes the fastest that can run.
 
     Raises:
         KernelUnavailable: it cannot run there, or not so; `auto`'s choice always runs without selective checkpointing.
     """
     check_kernel_name(name)
-    selective = recompute == "selective"
+    selective = checkpointing == "selective"
     if name == "auto":
         name = _fastest_kernel(device, dtype, functions, selective)
     if selective:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from star_dist.model.activation_checkpointing import Checkpointing, run_block, run_block_keeping_products
 from star_dist.model.compiling import compiled
 from star_dist.model.kernels.scale_by_scale import SumPrefixes, sum_prefixes, sum_prefixes_for_compiler
 from star_dist.model.qk_norm import backward_pass, forward_pass, rotate_and_normalize
-from star_dist.model.recompute import Recompute, run_block, run_block_keeping_products
 
 LAYER_NORM_EPS = 1e-6
 
@@ -73,8 +73,10 @@ class BlockFunctions:
         passes = compiler(forward_pass), compiler(backward_pass)
         self.rotate_and_normalize = partial(rotate_and_normalize, passes=passes)
 
-    def run_block(self, block: Callable[..., Tensor], recompute: Recompute, *inputs: Any, **options: Any) -> Tensor:
-        return run_block(block, recompute, *inputs, **options)
+    def run_block(
+        self, block: Callable[..., Tensor], checkpointing: Checkpointing, *inputs: Any, **options: Any
+    ) -> Tensor:
+        return run_block(block, checkpointing, *inputs, **options)
 
 
 PLAIN = BlockFunctions(lambda function: function)
@@ -100,10 +102,12 @@ class CompiledBlocks(BlockFunctions):
         self.compiled_block = compiled(call_block)
         self.compiled_block_keeping_products = compiled(run_block_keeping_products)
 
-    def run_block(self, block: Callable[..., Tensor], recompute: Recompute, *inputs: Any, **options: Any) -> Tensor:
-        if recompute == "selective" and torch.is_grad_enabled():
+    def run_block(
+        self, block: Callable[..., Tensor], checkpointing: Checkpointing, *inputs: Any, **options: Any
+    ) -> Tensor:
+        if checkpointing == "selective" and torch.is_grad_enabled():
             return self.compiled_block_keeping_products(block, *inputs, **options)
-        return run_block(partial(self.compiled_block, block), recompute, *inputs, **options)
+        return run_block(partial(self.compiled_block, block), checkpointing, *inputs, **options)
 
 
 @cache

@@ -17,7 +17,7 @@ from star_dist.scales import ScaleSchedule
 
 
 @dataclass(frozen=True)
-class Run:
+class UniformRun:
     """Neighbouring samples of one schedule: they can be viewed as one (count, L) rectangle."""
 
     schedule: ScaleSchedule
@@ -58,10 +58,10 @@ class PackedLayout:
         return sum(schedule.num_tokens for schedule in self.schedules)
 
     @cached_property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[UniformRun, ...]:
         runs, first_sample, first_token = [], 0, 0
         for schedule, members in groupby(self.schedules):
-            runs.append(Run(schedule, first_sample, len(list(members)), first_token))
+            runs.append(UniformRun(schedule, first_sample, len(list(members)), first_token))
             first_sample += runs[-1].count
             first_token = runs[-1].tokens.stop
         return tuple(runs)

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from star_dist.model.activation_checkpointing import Checkpointing
 from star_dist.model.attention import AttentionContext, PackedAttention, check_kernel_name, choose_kernel
 from star_dist.model.block_functions import PLAIN, BlockFunctions, layer_norm
 from star_dist.model.blocks import Block
 from star_dist.model.chunked_loss import LinearCrossEntropy, fast_float32_products
 from star_dist.model.config import StarConfig
 from star_dist.model.layout import PackedLayout
-from star_dist.model.recompute import Recompute
 from star_dist.model.rope import Rotary, packed_rotary
 from star_dist.scales import ScaleSchedule
 
@@ -38,20 +38,20 @@ class STAR(nn.Module):
     """The transformer alone: the tokenizer and the text encoder are not part of it.
 
     Parameters are left for `initialization.initial_value` or a checkpoint to fill; the names are those of the public
-    checkpoints. attention: the kernel of `attention.py`. recompute: activation checkpointing, see `recompute.py`.
-    functions: how blocks run, plain or compiled.
+    checkpoints. attention: the kernel of `attention.py`. checkpointing: see `activation_checkpointing.py`. functions:
+    how blocks run, plain or compiled.
     """
 
     def __init__(
         self,
         config: StarConfig,
         attention: str = "auto",
-        recompute: Recompute = "none",
+        checkpointing: Checkpointing = "none",
         functions: BlockFunctions = PLAIN,
     ) -> None:
         super().__init__()
         self.config = config
-        self.recompute = recompute
+        self.checkpointing = checkpointing
         self.functions = functions
         self.attention = check_kernel_name(attention)
         self.encoder_proj = nn.Linear(config.text_width, config.width)
@@ -97,7 +97,7 @@ class STAR(nn.Module):
     def run_blocks(self, x_TD: Tensor, text_SW: Tensor, rotary: Rotary | None, context: AttentionContext) -> Tensor:
         for layer, block in enumerate(self.blocks):
             options = {"rotary": rotary, "context": context.of_layer(layer)}
-            x_TD = self.functions.run_block(block, self.recompute, x_TD, text_SW, **options)
+            x_TD = self.functions.run_block(block, self.checkpointing, x_TD, text_SW, **options)
         return x_TD
 
     def forward(
@@ -126,7 +126,7 @@ class STAR(nn.Module):
         x_TD = self.add_positions(x_TD, layout.scale_ids(device), positions)
         training = torch.is_grad_enabled()
         # Checkpointing has its say without gradients too: a run is validated with the kernel that it trains with.
-        options = {"functions": self.functions, "recompute": self.recompute}
+        options = {"functions": self.functions, "checkpointing": self.checkpointing}
         kernel = choose_kernel(self.attention, device, dtype, training=training, **options)
         context = PackedAttention(layout, kernel, device)
         x_TD = self.run_blocks(x_TD, text_SW.to(dtype), self.rotary(layout.schedules, device, positions_T), context)

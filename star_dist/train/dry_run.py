@@ -29,7 +29,8 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"{config.schedule.visible_pairs / config.schedule.num_tokens**2:.3f} of all pairs visible",
         f"FLOPs per picture  {sum(forward.values()):.3e} forward, {training:.3e} training "
         f"(captions of {text_tokens} tokens, visible pairs only)",
-        f"per step           {config.train.global_batch:,} pictures, {config.tokens_per_step:,} tokens, "
+        f"per step           {config.train.global_batch:,} pictures, "
+        f"{config.train.global_batch * config.training_schedule.num_tokens:,} tokens, "
         f"{config.train.global_batch * training:.3e} FLOPs",
         f"on {world_size} GPU(s)        {config.accumulation_steps(world_size)} micro-batches of "
         f"{config.train.micro_batch} pictures each",

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from star_dist.errors import RunEnded, UserError
+from star_dist.errors import RunEnded, UserError, first_line
 from star_dist.files import append_json_line, read_json_lines, training_goes_on, write_text_atomically
 from star_dist.run_folder import METRICS_FILE
 
@@ -61,7 +61,7 @@ class FactsLog:
         except UserError as error:
             if not (self._enabled and self._started):
                 append_event(
-                    self._run_dir, "mistake", rank=self._rank, reason=_first_line(error), exit_code=error.exit_code
+                    self._run_dir, "mistake", rank=self._rank, reason=first_line(error), exit_code=error.exit_code
                 )
             raise
 
@@ -77,7 +77,7 @@ class FactsLog:
         try:
             yield
         except BaseException as error:
-            reason = _first_line(error) if isinstance(error, RunEnded) else f"error: {_first_line(error)}"
+            reason = first_line(error) if isinstance(error, RunEnded) else f"error: {first_line(error)}"
             self._end(reason, error.exit_code if isinstance(error, RunEnded | UserError) else None)
             raise
         self._end("finished", exit_code=0)
@@ -231,10 +231,6 @@ def ended_in_order(run_dir: Path) -> bool:
     """Whether the last attempt said itself that it was asked to end; nodes are not to blame then."""
     ends = [event for event in read_events(run_dir) if event["event"] in ("start", "end", "failed")]
     return bool(ends) and ends[-1].get("exit_code") is not None and ends[-1]["event"] == "end"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _reason(attempt: list[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from star_dist.config import RunConfig, dump_config
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unreachable, UserError, first_line
 from star_dist.files import append_json_line, training_goes_on
 from star_dist.run_folder import METRICS_FILE, keep_metrics_up_to
 from star_dist.train.gpu_peaks import GPU_PEAK_TFLOPS
@@ -160,7 +160,7 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
             config=json.loads(dump_config(config)),
         )
     except wandb.Error as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         unreachable = isinstance(error, wandb.errors.CommError)
         if unreachable and not isinstance(error, wandb.errors.AuthenticationError):
             raise Unreachable(f"Weights & Biases: {reason}; start again, or set logging.wandb to offline") from None

@@ -37,7 +37,7 @@ def attention_kernel(
             run_dtype(config),
             training=training,
             functions=functions,
-            recompute=config.train.activation_checkpointing if training else "none",
+            checkpointing=config.train.activation_checkpointing if training else "none",
         )
     except KernelUnavailable as error:
         raise UserError(str(error)) from None

@@ -21,7 +21,7 @@ from star_dist.cli import UNREACHABLE_EXIT
 from star_dist.config import CheckpointSection, DataSection, RunConfig
 from star_dist.device import rank_device
 from star_dist.environment import describe_environment
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unreachable, UserError, first_line
 from star_dist.files import free_bytes
 from star_dist.object_store import is_s3
 from star_dist.process import ProcessInfo
@@ -126,7 +126,7 @@ def _meet(node: str, device: torch.device) -> None:
     except torch.distributed.DistError as error:
         raise Unreachable(
             f"node {node} does not reach {os.environ.get('MASTER_ADDR')}, where rank 0 should be, within "
-            f"{ARRIVAL_TIMEOUT_S} s: {str(error).splitlines()[0]}"
+            f"{ARRIVAL_TIMEOUT_S} s: {first_line(error)}"
         ) from None
     arrivals = PrefixStore("preflight", store)
     arrivals.set(f"rank {rank}", node)

@@ -1,7 +1,7 @@
 """This rank's part of the training state in DeepSpeed's ZeRO optimizers, as pieces of named parameters.
 
 DeepSpeed's own checkpoints resume on the same number of ranks only, and its universal ones lose each group's settings
-and count Adam's steps wrongly (deepspeed-notes.md). The layout behind them is simple: every rank holds flat ranges of
+and count Adam's steps wrongly (measured with 0.19.8). The layout behind them is simple: every rank holds flat ranges of
 parameters inside fp32 tensors (the masters), each with one Adam state. Stage 3 parts every parameter equally, stages 1
 and 2 part the concatenation of a group's parameters, and at stage 0 every rank holds all.
 """

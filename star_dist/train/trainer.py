@@ -229,7 +229,7 @@ class Trainer:
             "optim/skipped_steps": self.engine.skipped_steps,
             "data/skipped_samples": skipped,
             "throughput/images_per_s": images_per_s,
-            "throughput/tokens_per_s": images_per_s * self.schedule.num_tokens,
+            "throughput/tokens_per_s": images_per_s * self.token_losses.schedule.num_tokens,
             "throughput/mfu": images_per_s * flops_per_image / (self.peak_flops * self.world_size),
             "time/step_s": elapsed_s / totals.steps,
             "time/data_wait": totals.data_wait_s / elapsed_s,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.text_by_flex import TextByFlex
 from star_dist.config import RunConfig
 from star_dist.errors import UserError
 from star_dist.model import attention
@@ -141,7 +142,7 @@ def test_text_attention_by_flex_agrees_with_the_reference(longest: int) -> None:
     def by_flex() -> list[Tensor]:
         flex._compiled = flex.flex_attention
         sys.modules["torch.nn.attention.flex_attention"]._validate_device = lambda *_: None
-        return text_forward_and_backward(flex.FlexKernel(None, flex.TextByFlex(None)), layout)
+        return text_forward_and_backward(flex.FlexKernel(None, TextByFlex(None)), layout)
 
     (found,) = run_ranks(by_flex, 1)
     assert max(errors(found, text_forward_and_backward(ReferenceKernel(), layout))) < 1e-12
@@ -387,11 +388,11 @@ def test_selective_checkpointing_takes_what_it_sees(monkeypatch: pytest.MonkeyPa
     def choose(
         name: str,
         functions: BlockFunctions,
-        recompute: str = "selective",
+        checkpointing: str = "selective",
         device: str = "cuda",
         dtype: torch.dtype = torch.bfloat16,
     ) -> str:
-        options = {"training": True, "functions": functions, "recompute": recompute}
+        options = {"training": True, "functions": functions, "checkpointing": checkpointing}
         return choose_kernel(name, torch.device(device), dtype, **options).description
 
     whole = CompiledBlocks()

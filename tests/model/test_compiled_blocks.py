@@ -14,16 +14,17 @@ from torch import Tensor
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.text_by_flex import TextByFlex
 from star_dist.model import block_functions, star
+from star_dist.model.activation_checkpointing import Checkpointing
 from star_dist.model.block_functions import PLAIN, BlockFunctions, CompiledBlocks, compiled_blocks
 from star_dist.model.blocks import Block
 from star_dist.model.config import StarConfig
 from star_dist.model.initialization import initialize_weights
 from star_dist.model.kernels import flex
 from star_dist.model.kernels.flash import FlashLibrary, TextByVarlen
-from star_dist.model.kernels.flex import FlexKernel, TextByFlex
+from star_dist.model.kernels.flex import FlexKernel
 from star_dist.model.layout import PackedLayout
-from star_dist.model.recompute import Recompute
 from star_dist.model.size import KEPT_PER_BLOCK, KEPT_SELECTIVE
 from star_dist.model.star import STAR
 from star_dist.scales import ScaleSchedule
@@ -73,7 +74,7 @@ class OpaqueAttention:
 
 
 def kept_and_repeated(
-    attention: OpaqueAttention, functions: BlockFunctions, recompute: Recompute
+    attention: OpaqueAttention, functions: BlockFunctions, checkpointing: Checkpointing
 ) -> tuple[float, int, int]:
     """Values kept per token and channel, products of the backward pass, and attentions of both passes."""
     block = Block(CONFIG, functions).bfloat16()
@@ -92,7 +93,7 @@ def kept_and_repeated(
 
         attention.calls = 0
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = functions.run_block(block, recompute, x, text, rotary=rotary, context=attention)
+            y = functions.run_block(block, checkpointing, x, text, rotary=rotary, context=attention)
         with profile(activities=[ProfilerActivity.CPU]) as record:
             y.sum().backward()
     products = sum(e.count for e in record.key_averages() if e.key in ("aten::mm", "aten::addmm"))
@@ -151,23 +152,23 @@ def test_attention_by_flex_is_inside_of_whole_blocks_and_never_computed_twice(te
         text = TextByFlex(None) if text_by_flex else TextByVarlen(library)
         star.choose_kernel = lambda *_, **__: FlexKernel(None, text)
         found = []
-        for recompute in ("none", "selective"):
+        for checkpointing in ("none", "selective"):
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
             for counter in seen.values():
                 counter.clear()
-            train(recompute, 3 * [FIRST])
+            train(checkpointing, 3 * [FIRST])
             counters = torch._dynamo.utils.counters
             graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
             found.append(({which: Counter(counter) for which, counter in seen.items()}, graphs, breaks))
         train("none", [FIRST, ScaleSchedule((1, 2, 3, 5)), ScaleSchedule((1, 2, 3, 6))])
         return found, mask_inputs
 
-    def train(recompute: Recompute, schedules: list[ScaleSchedule]) -> None:
+    def train(checkpointing: Checkpointing, schedules: list[ScaleSchedule]) -> None:
         """Three layers and three batches, whose captions have other lengths."""
         sizes = dict(width=64, heads=2, text_width=16, code_dim=8, vocab_size=64)
         config = StarConfig(depth=3, scales=FIRST.sides, **sizes)
-        model = STAR(config, recompute=recompute, functions=CompiledBlocks())
+        model = STAR(config, checkpointing=checkpointing, functions=CompiledBlocks())
         initialize_weights(model, seed=1)
         for schedule, lengths in zip(schedules, ((3, 5), (7, 2), (4, 4))):
             layout = PackedLayout.uniform(schedule, 2, lengths)

@@ -29,7 +29,7 @@ def train_compiled(config: RunConfig) -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("compile", "stage", "recompute", "precision", "attention", "tolerance"),
+    ("compile", "stage", "checkpointing", "precision", "attention", "tolerance"),
     [
         ("functions", 3, "selective", "bf16", "sdpa", 1e-3),
         ("functions", 1, "full", "fp32", "sdpa", 1e-5),
@@ -43,12 +43,12 @@ def test_a_compiled_run_learns_the_same_and_resumes(
     tmp_path: Path,
     compile: str,
     stage: int,
-    recompute: str,
+    checkpointing: str,
     precision: str,
     attention: str,
     tolerance: float,
 ) -> None:
-    options = {"steps": 4, "zero_stage": stage, "activation_checkpointing": recompute, "precision": precision}
+    options = {"steps": 4, "zero_stage": stage, "activation_checkpointing": checkpointing, "precision": precision}
     # Validation: batches of other shapes, without gradients.
     same = {"validation": {"every": 2}, "model": {"attention": attention}}
     expected = train_on(run_config(run_dir=str(tmp_path / "plain"), train=options, **same), 1)

@@ -60,7 +60,7 @@ def test_activation_memory_is_within_a_tenth_of_the_measured_peak(
     """Measured: within 1 % in float32, 8 % in bf16."""
     config = StarConfig(depth=depth, scales=SCHEDULE.sides, text_width=64)
     layout = PackedLayout.uniform(SCHEDULE, batch, (8,) * batch)
-    model = STAR(config, recompute=checkpointing).to(dtype)
+    model = STAR(config, checkpointing=checkpointing).to(dtype)
     initialize_weights(model, seed=0)
     inputs = torch.randn(layout.num_tokens, 32), torch.randn(8 * batch, 64), torch.randn(batch, 64)
     targets = torch.zeros(layout.num_tokens, dtype=torch.long)
@@ -248,7 +248,7 @@ def test_blocks_are_recommended_only_where_a_training_takes_them(attention: str,
                 torch.bfloat16,
                 training=True,
                 functions=compiled_blocks(),
-                recompute=checkpointing,
+                checkpointing=checkpointing,
             )
     assert recommended_compile(config("d30_1024.json", change), 1) == "blocks"
     assert recommended_compile(config("d30_1024.json", "train.precision=fp32"), 1) == "functions"

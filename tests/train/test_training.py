@@ -14,7 +14,7 @@ import torch
 from star_dist.config import RunConfig
 from star_dist.learning_rate import learning_rate_fraction
 from star_dist.model.flops import training_flops
-from star_dist.train.facts import read_events
+from star_dist.train.facts import read_events, read_reports
 from star_dist.train.own_time import slowest_rank
 from tests.ranks import RankFailed, run_ranks
 from tests.train.runs import metrics, start_training, train, train_on, wait_for_step, weights
@@ -161,6 +161,9 @@ def test_token_dropping_is_the_same_on_any_number_of_ranks(run_config: MakeConfi
     for step, values in reports[0].items():
         assert reports[1][step]["loss/total"] == pytest.approx(values["loss/total"], abs=1e-5)
     assert all((found[1][name] - tensor).abs().max() < WEIGHT_TOLERANCE for name, tensor in found[0].items())
+    report = read_reports(Path(config.run_dir))[0]
+    kept = 1 + 4 + 4 + 8  # of 1 + 4 + 9 + 16
+    assert report["throughput/tokens_per_s"] == pytest.approx(kept * report["throughput/images_per_s"])
 
 
 def test_initial_weights_are_the_same_partitioned_or_not(run_config: MakeConfig) -> None:

@@ -8,9 +8,7 @@ https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
 
 from __future__ import annotations
 
-import copy
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ from star_dist.model.compiling import compiled
 from star_dist.model.kernels.base import SOFTMAX_SCALE, KernelUnavailable, TextAttention, join
 from star_dist.model.kernels.flash import TextByVarlen, flash_attn_4, torch_varlen
 from star_dist.model.kernels.sdpa import SdpaKernel
-from star_dist.model.layout import PackedLayout, copy_to_device
+from star_dist.model.layout import PackedLayout
 from star_dist.scales import ScaleSchedule
 
 BLOCK = 128
@@ -44,7 +42,6 @@ def flex_kernel(device: torch.device, dtype: torch.dtype, training: bool) -> Fle
         return FlexKernel("TRITON" if device.type == "cuda" else None, SdpaKernel())
     generation = torch.cuda.get_device_capability(device)[0]
     backend = "FLASH" if has_flash_backend(generation) else "TRITON"
-    # Not `TextByFlex`, which no GPU has measured yet; `benchmarks/attention.py` compares them.
     try:
         return FlexKernel(backend, TextByVarlen(torch_varlen(generation)))
     except KernelUnavailable:
@@ -89,94 +86,22 @@ class FlexKernel:
         outputs = []
         for tokens, count, mask in image:
             inputs = (x[tokens].unflatten(0, (count, -1)) for x in (query_THd, key_THd, value_THd))
-            outputs.append(_attend(*inputs, mask, self.backend).flatten(0, 1))
+            outputs.append(attend(*inputs, mask, self.backend).flatten(0, 1))
         return join(outputs)
 
 
-def _attend(query_BLHd: Tensor, key_BLHd: Tensor, value_BLHd: Tensor, mask: BlockMask, backend: str | None) -> Tensor:
+def attend(query_BLHd: Tensor, key_BLHd: Tensor, value_BLHd: Tensor, mask: BlockMask, backend: str | None) -> Tensor:
+    """FlexAttention's output (B, L, H, d); backend: as `FlexKernel`'s."""
     query, key, value = (x.transpose(1, 2) for x in (query_BLHd, key_BLHd, value_BLHd))
     options = None if backend is None else {"BACKEND": backend}
     return _compiled(query, key, value, block_mask=mask, scale=SOFTMAX_SCALE, kernel_options=options).transpose(1, 2)
-
-
-class PaddedText(NamedTuple):
-    """Of one run of samples, whose texts are padded to one length: its image tokens, their samples, its text tokens,
-    where those go, that length, and the mask of the padding.
-    """
-
-    tokens: slice
-    count: int
-    text_tokens: slice
-    places_S: Tensor
-    length: int
-    mask: BlockMask
-
-
-class TextByFlex:
-    """Attention to the text by FlexAttention, padded to whole blocks; backend: as `FlexKernel`'s."""
-
-    def __init__(self, backend: str | None) -> None:
-        self.backend = backend
-
-    def prepare_text(self, layout: PackedLayout, device: torch.device) -> list[PaddedText]:
-        prepared = []
-        for run in layout.runs:
-            lengths = layout.text_lengths[run.samples]
-            padded = _blocks(max(lengths)) * BLOCK
-            places_S = torch.cat([torch.arange(length) + i * padded for i, length in enumerate(lengths)])
-            mask = copy.copy(_padding_block_mask(run.schedule.num_tokens, padded, device))
-            mask.mask_mod = TextMask(copy_to_device(torch.tensor(lengths, dtype=torch.int32), device)).visible
-            first = layout.text_starts[run.first_sample]
-            # Whole where there is one run: numbers that change with every batch would be symbols to the compiler.
-            text_tokens = slice(None) if len(layout.runs) == 1 else slice(first, first + sum(lengths))
-            places_S = copy_to_device(places_S, device)
-            prepared.append(PaddedText(run.tokens, run.count, text_tokens, places_S, padded, mask))
-        return prepared
-
-    def cross(
-        self, query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, layout: PackedLayout, text: list[PaddedText]
-    ) -> Tensor:
-        outputs = []
-        for run in text:
-            shape = run.count * run.length, *key_SHd.shape[1:]
-            # Written to their places: to gather them would add up gradients backwards, sorted by place.
-            key, value = (
-                x.new_zeros(shape).index_copy(0, run.places_S, x[run.text_tokens]).unflatten(0, (run.count, -1))
-                for x in (key_SHd, value_SHd)
-            )
-            query = query_THd[run.tokens].unflatten(0, (run.count, -1))
-            outputs.append(_attend(query, key, value, run.mask, self.backend).flatten(0, 1))
-        return join(outputs)
-
-
-@lru_cache(maxsize=16)
-def _padding_block_mask(queries: int, keys: int, device: torch.device) -> BlockMask:
-    """All blocks, each filled in part; whose mask says with what."""
-    rows, blocks = _blocks(queries), _blocks(keys)
-    return BlockMask.from_kv_blocks(
-        *_block_table(rows * [list(range(blocks))], blocks, device),
-        *_block_table(rows * [[]], blocks, device),
-        BLOCK_SIZE=BLOCK,
-        seq_lengths=(queries, keys),
-    )
-
-
-class TextMask(nn.Module):
-    """Which keys are text of their sample and which padding; lengths_B: int32."""
-
-    def __init__(self, lengths_B: Tensor) -> None:
-        super().__init__()
-        self.lengths_B = lengths_B
-
-    def visible(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return key < self.lengths_B[batch]
 
 
 @lru_cache(maxsize=16)
 def scale_block_mask(schedule: ScaleSchedule, device: torch.device) -> BlockMask:
     """Which blocks of keys each block of queries sees, reckoned from the scales: no L x L mask is ever made."""
     length = schedule.num_tokens
-    blocks = _blocks(length)
+    blocks = num_blocks(length)
     sees_up_to = torch.repeat_interleave(torch.tensor(schedule.ends), torch.tensor(schedule.lengths))
     full, partial = [], []
     for block in range(blocks):
@@ -184,10 +109,10 @@ def scale_block_mask(schedule: ScaleSchedule, device: torch.device) -> BlockMask
         all_see, any_sees = int(of_queries.min()), int(of_queries.max())
         num_full = all_see // BLOCK  # these blocks every query of this block sees as a whole
         full.append(list(range(num_full)))
-        partial.append(list(range(num_full, _blocks(any_sees))))
+        partial.append(list(range(num_full, num_blocks(any_sees))))
     return BlockMask.from_kv_blocks(
-        *_block_table(partial, blocks, device),
-        *_block_table(full, blocks, device),
+        *block_table(partial, blocks, device),
+        *block_table(full, blocks, device),
         BLOCK_SIZE=BLOCK,
         mask_mod=ScaleMask(schedule).visible,
         seq_lengths=(length, length),
@@ -212,11 +137,12 @@ class ScaleMask(nn.Module):
         return key < sees_up_to
 
 
-def _blocks(tokens: int) -> int:
+def num_blocks(tokens: int) -> int:
+    """Blocks that hold so many tokens."""
     return -(-tokens // BLOCK)
 
 
-def _block_table(rows: list[list[int]], blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def block_table(rows: list[list[int]], blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """How many blocks of keys each block of queries has, (1, 1, blocks), and which, (1, 1, blocks, blocks); int32."""
     counts = torch.tensor([len(row) for row in rows], dtype=torch.int32)
     indices = torch.tensor([row + [0] * (blocks - len(row)) for row in rows], dtype=torch.int32)

@@ -18,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Recompute = Literal["none", "selective", "full"]
+Checkpointing = Literal["none", "selective", "full"]
 
 _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # a block draws no random numbers
 
 
-def run_block(block: Callable[..., Tensor], recompute: Recompute, *inputs: Any, **options: Any) -> Tensor:
-    """`block(*inputs, **options)`, keeping for the backward pass what `recompute` says."""
-    if recompute == "none" or not torch.is_grad_enabled():
+def run_block(block: Callable[..., Tensor], checkpointing: Checkpointing, *inputs: Any, **options: Any) -> Tensor:
+    """`block(*inputs, **options)`, keeping for the backward pass what `checkpointing` says."""
+    if checkpointing == "none" or not torch.is_grad_enabled():
         return block(*inputs, **options)
-    extra = {"context_fn": _selective_contexts} if recompute == "selective" else {}
+    extra = {"context_fn": _selective_contexts} if checkpointing == "selective" else {}
     return _checkpoint(block, *inputs, **extra, **options)
 
 

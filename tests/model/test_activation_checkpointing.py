@@ -7,13 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import peak_bytes
 from star_dist.model import star
+from star_dist.model.activation_checkpointing import Checkpointing
 from star_dist.model.config import StarConfig
 from star_dist.model.initialization import initialize_weights
 from star_dist.model.kernels.base import Kernel
 from star_dist.model.kernels.flash import GATHERED_TOKENS
 from star_dist.model.kernels.sdpa import SdpaKernel
 from star_dist.model.layout import PackedLayout
-from star_dist.model.recompute import Recompute
 from star_dist.model.star import STAR, pack_inputs
 from star_dist.scales import ScaleSchedule
 from tests.model.flash_stand_in import StandIn
@@ -23,9 +23,9 @@ CONFIG = StarConfig(depth=4, width=32, heads=2, scales=SCHEDULE.sides, vocab_siz
 LENGTHS = (3, 5)
 
 
-def loss_and_gradients(recompute: Recompute) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+def loss_and_gradients(checkpointing: Checkpointing) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """Also the FLOPs of all matrix products."""
-    model = STAR(CONFIG, recompute=recompute)
+    model = STAR(CONFIG, checkpointing=checkpointing)
     initialize_weights(model, seed=1)
     generator = torch.Generator().manual_seed(0)
     inputs = pack_inputs(torch.randn(2, SCHEDULE.num_tokens - 1, 8, generator=generator))
@@ -38,10 +38,10 @@ def loss_and_gradients(recompute: Recompute) -> tuple[torch.Tensor, dict[str, to
     return losses.detach(), gradients, flops.get_total_flops()
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_losses_and_gradients_are_bit_identical(recompute: Recompute) -> None:
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_losses_and_gradients_are_bit_identical(checkpointing: Checkpointing) -> None:
     losses, gradients, *_ = loss_and_gradients("none")
-    found_losses, found_gradients, *_ = loss_and_gradients(recompute)
+    found_losses, found_gradients, *_ = loss_and_gradients(checkpointing)
     assert torch.equal(found_losses, losses)
     for name, gradient in gradients.items():
         assert torch.equal(found_gradients[name], gradient), name
@@ -49,7 +49,7 @@ def test_losses_and_gradients_are_bit_identical(recompute: Recompute) -> None:
 
 def test_hooks_may_do_something_else_the_second_time() -> None:
     """As ZeRO-3's do, which gather what is not there just then."""
-    model = STAR(CONFIG, recompute="selective")
+    model = STAR(CONFIG, checkpointing="selective")
     initialize_weights(model, seed=1)
     calls = iter(range(100))
 
@@ -67,7 +67,7 @@ def test_hooks_may_do_something_else_the_second_time() -> None:
 
 
 def test_selective_repeats_no_product_and_full_one_forward_pass() -> None:
-    flops = {recompute: loss_and_gradients(recompute)[2] for recompute in ("none", "selective", "full")}
+    flops = {checkpointing: loss_and_gradients(checkpointing)[2] for checkpointing in ("none", "selective", "full")}
     assert flops["selective"] == flops["none"]
     assert 1.2 < flops["full"] / flops["none"] < 1.34
 
@@ -78,15 +78,15 @@ def test_each_step_saves_memory() -> None:
     inputs = torch.randn(layout.num_tokens, 32), torch.randn(8, 64), torch.randn(1, 64)
     targets = torch.zeros(layout.num_tokens, dtype=torch.long)
     peak = {}
-    for recompute in ("none", "selective", "full"):
-        model = STAR(StarConfig(depth=4, scales=schedule.sides, text_width=64), recompute=recompute)
+    for checkpointing in ("none", "selective", "full"):
+        model = STAR(StarConfig(depth=4, scales=schedule.sides, text_width=64), checkpointing=checkpointing)
         initialize_weights(model, seed=1)
 
         def step(model: STAR = model) -> None:
             model(*inputs, targets, layout=layout)[0].mean().backward()
 
         step()  # gradients are there then
-        peak[recompute] = peak_bytes(step, torch.device("cpu"))
+        peak[checkpointing] = peak_bytes(step, torch.device("cpu"))
     # Measured with two samples: 190, 125 and 56 MiB.
     assert peak["full"] < 0.7 * peak["selective"] and peak["selective"] < 0.8 * peak["none"], peak
 
@@ -95,7 +95,7 @@ def test_full_recomputation_keeps_no_more_with_gathered_prefixes(monkeypatch: py
     """What the gathering attention saves is seen by activation checkpointing, which keeps a block's input alone."""
     schedule = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
     layout = PackedLayout.uniform(schedule, 1)
-    model = STAR(StarConfig(depth=4, scales=schedule.sides, text_width=64, cross_attention=False), recompute="full")
+    model = STAR(StarConfig(depth=4, scales=schedule.sides, text_width=64, cross_attention=False), checkpointing="full")
     initialize_weights(model, seed=1)
     inputs = torch.randn(layout.num_tokens, 32), torch.randn(0, 64), torch.randn(1, 64)
     targets = torch.zeros(layout.num_tokens, dtype=torch.long)
