@@ -14,7 +14,10 @@ CODEBOOK_STD = 0.3
 
 @torch.no_grad()
 def initialize(model: MultiScaleVQVAE, config: TokenizerTrainConfig) -> None:
-    """Starts residual blocks as the identity and codes at the size of latents; freezes what the schedule never uses."""
+    """Starts residual blocks as the identity but for a bias, and codes at the size of latents.
+
+    What the schedule never uses is frozen.
+    """
     for module in model.modules():
         if isinstance(module, ResidualBlock):
             nn.init.zeros_(module.conv2.weight)

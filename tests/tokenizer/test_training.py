@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import tracemalloc
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 
 from star_dist.config import ConfigError, TokenizerTrainConfig, load_config
 from star_dist.config.tokenizer import least_judged_side
+from star_dist.data.pictures import normalize
 from star_dist.errors import Unreachable, UserError
 from star_dist.process import prepare_process_environment
 from star_dist.scales import ScaleSchedule
@@ -28,8 +28,6 @@ from star_dist.tokenizer.batches import PicturePaths, ReadablePictures, StepBatc
 from star_dist.tokenizer.codebook import codebook_usage
 from star_dist.tokenizer.io import load_tokenizer
 from star_dist.tokenizer.losses import PatchDiscriminator
-from star_dist.tokenizer.muon import orthogonalize
-from star_dist.tokenizer.optim import build_optimizers, initialize
 from star_dist.tokenizer.quantizer import Phi
 from star_dist.tokenizer.reconstructions import draw_reconstructions, psnr
 from star_dist.tokenizer.train import TokenizerTraining, train_tokenizer
@@ -39,6 +37,13 @@ from tests.tokenizer.conftest import MakeConfig
 
 LOSS_TOLERANCE = 1e-4  # 2 ranks sum floats in another order; measured worst case 4e-6 after 6 steps
 REPOSITORY = Path(__file__).parents[2]
+ADVERSARIAL = {
+    "loss": {"adversarial": 0.1, "adversarial_start": 2},
+    "resolution": 32,  # 16 pixels are too few for the discriminator
+    "tokenizer": {"scales": [1, 2, 4, 8]},
+    "learning_rate": 3e-4,
+}
+with_and_without_discriminator = pytest.mark.parametrize("changes", [{}, ADVERSARIAL], ids=["plain", "adversarial"])
 
 
 def rank_main(config: TokenizerTrainConfig) -> None:
@@ -73,7 +78,8 @@ def test_it_learns_and_reports(make_config: MakeConfig, capsys: pytest.CaptureFi
     run_dir = Path(config.run_dir)
     lines = metrics(config)
     assert [line["step"] for line in lines] == list(range(5, 101, 5))
-    assert lines[-1]["loss/l1"] < 0.7 * lines[0]["loss/l1"]
+    # The median colour alone is 0.53 away. One step's loss swings up to 0.45; of six seeds this mean is 0.09 to 0.39.
+    assert np.mean([line["loss/l1"] for line in lines[-5:]]) < 0.47
     for side, cells in ((1, 1), (2, 4), (4, 16)):
         assert 1 <= lines[-1][f"codebook/used_scale_{side}"] <= 32
         assert 1 <= lines[-1][f"codebook/perplexity_scale_{side}"] <= 32
@@ -87,9 +93,10 @@ def test_it_learns_and_reports(make_config: MakeConfig, capsys: pytest.CaptureFi
     assert not (run_dir / "checkpoint.pt").exists()
 
 
-def test_a_killed_run_goes_on_bit_identically(make_config: MakeConfig, tmp_path: Path) -> None:
-    whole = make_config(run_dir=str(tmp_path / "whole"))
-    killed = make_config(run_dir=str(tmp_path / "killed"))
+@with_and_without_discriminator
+def test_a_killed_run_goes_on_bit_identically(make_config: MakeConfig, tmp_path: Path, changes: dict[str, Any]) -> None:
+    whole = make_config(run_dir=str(tmp_path / "whole"), **changes)
+    killed = make_config(run_dir=str(tmp_path / "killed"), **changes)
     run_ranks(rank_main, 1, whole)
     for step in (5, 3):  # after the checkpoint of step 4; and, gone on from there, never reaching step 3 again
         try:
@@ -112,14 +119,8 @@ def test_a_killed_run_of_two_ranks_goes_on_with_the_same_losses(make_config: Mak
     assert metrics(killed) == metrics(whole)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"loss": {"adversarial": 0.1, "adversarial_start": 2}, "resolution": 32, "learning_rate": 3e-4}],
-    ids=["plain", "adversarial"],
-)
+@with_and_without_discriminator
 def test_two_ranks_equal_one(make_config: MakeConfig, tmp_path: Path, changes: dict[str, Any]) -> None:
-    if "resolution" in changes:  # 16 pixels are too few for the discriminator
-        changes = changes | {"tokenizer": {"scales": [1, 2, 4, 8]}}
     configs = [make_config(run_dir=str(tmp_path / str(n)), **changes) for n in (1, 2)]
     for world_size, config in enumerate(configs, start=1):
         run_ranks(rank_main, world_size, config)
@@ -190,6 +191,30 @@ def test_batches_depend_on_seed_and_step_alone(pictures_folder: Path) -> None:
     assert not torch.equal(whole[3].pictures, StepBatches(pictures, 2, 8, 0, 1, True)[3].pictures)
     epoch = torch.cat([StepBatches(pictures, 1, 60, 0, 1, False)[0].pictures])
     assert len(torch.unique(epoch.flatten(1), dim=0)) == 60  # every picture once
+
+
+def test_every_epoch_has_an_order_and_mirrored_pictures_of_its_own(pictures_folder: Path) -> None:
+    pictures = ReadablePictures(find_pictures(pictures_folder), 16, keep_in_memory=True)
+    originals = normalize(torch.stack([pictures.read(i, {}) for i in range(60)]))
+    batches = StepBatches(pictures, 1, 40, 0, 1, True)
+    shown = torch.cat([batches[step].pictures for step in range(3)])[:, None]  # two epochs of 60
+    plain, mirrored = ((shown == each).flatten(2).all(-1) for each in (originals, originals.flip(3)))
+    assert (plain ^ mirrored).sum(1).tolist() == [1] * 120
+    first, second = (plain | mirrored).nonzero()[:, 1].view(2, 60).tolist()
+    assert first != second and sorted(first) == sorted(second) == list(range(60))
+    assert 40 < mirrored.sum() < 80
+    assert mirrored[:60].any(1).tolist() != mirrored[60:].any(1).tolist()
+
+
+def test_an_unreadable_picture_gives_way_to_the_next(pictures_folder: Path, tmp_path: Path) -> None:
+    """Round the end too: a run that goes on in newer code must see the same pictures."""
+    for i in range(4):
+        picture = (pictures_folder / f"{i:03}.png").read_bytes()
+        (tmp_path / f"{i}.png").write_bytes(b"" if i in (1, 3) else picture)
+    pictures = ReadablePictures(find_pictures(tmp_path), 16, keep_in_memory=False)
+    found = [pictures.read(i, {}) for i in range(4)]
+    assert torch.equal(found[1], found[2]) and torch.equal(found[3], found[0])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_unreadable_pictures_are_skipped_counted_and_listed(
@@ -392,49 +417,6 @@ def test_pictures_that_the_discriminator_cannot_judge_are_refused(make_config: M
     make_config(loss={"adversarial": 0.1}, resolution=least, tokenizer={"scales": [1, 2, least // 4]})
 
 
-@pytest.fixture
-def perceptual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The perceptual loss of a narrow VGG-16 with random weights."""
-    models = pytest.importorskip("torchvision.models")
-    from star_dist.tokenizer.losses import PerceptualLoss
-
-    def narrow_vgg16() -> torch.nn.Module:
-        widths = [8, 8, "M", 8, 8, "M", 8, 8, 8, "M", 8, 8, 8]
-        return torch.nn.Sequential(OrderedDict(features=models.vgg.make_layers(widths)))
-
-    monkeypatch.setattr(models, "vgg16", narrow_vgg16)
-    torch.manual_seed(0)
-    torch.save(narrow_vgg16().state_dict(), tmp_path / "vgg16.pth")
-    return PerceptualLoss(tmp_path / "vgg16.pth")
-
-
-def test_perceptual_loss_is_zero_for_equal_pictures_and_pulls_towards_the_target(perceptual: torch.nn.Module) -> None:
-    target = torch.rand(1, 3, 32, 32) * 2 - 1
-    assert perceptual(target, target).item() == 0
-    image = (target + 0.1 * torch.randn_like(target)).requires_grad_()
-    distance = perceptual(image, target)
-    (gradient,) = torch.autograd.grad(distance, image)
-    assert perceptual(image - 0.01 * gradient / gradient.norm(), target) < distance
-
-
-def test_perceptual_loss_keeps_nothing_of_the_target_for_its_gradient(perceptual: torch.nn.Module) -> None:
-    """Through which nothing flows: half of VGG-16's activations, and of its backward pass."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    image = torch.rand(2, 3, 32, 32).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        distance = perceptual(image, torch.rand(2, 3, 32, 32))
-    with_gradient = sum(kept.values())
-    assert distance.requires_grad and with_gradient > 0
-    # In float32, 2 pictures and 8 channels: 2 layers of 32 x 32 cells, of 16 x 16, 3 of 8 x 8, 3 of 4 x 4, each kept
-    # before and after its ReLU at most, and thrice where its features are compared; all of it twice with the target.
-    assert with_gradient < 4 * 2 * 8 * (5 * 32**2 + 5 * 16**2 + 7 * 8**2 + 7 * 4**2)
-
-
 def test_many_pictures_are_reconstructed_a_few_at_a_time(
     tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,33 +435,6 @@ def test_many_pictures_are_reconstructed_a_few_at_a_time(
     sheet, quality = draw_reconstructions(model, originals, schedule)
     assert sizes == [16, 4] and sheet.size == (16 * 16, 4 * 16)
     assert quality == pytest.approx(psnr(error), rel=1e-4)
-
-
-def test_every_trained_parameter_is_in_exactly_one_optimizer(make_config: MakeConfig) -> None:
-    from star_dist.tokenizer.vqvae import MultiScaleVQVAE
-
-    for changes in ({}, {"muon_learning_rate": None}, {"resolution": 8, "tokenizer": {"scales": [1, 2]}}):
-        config = make_config(**changes)
-        model = MultiScaleVQVAE(config.tokenizer)
-        initialize(model, config)
-        ids = [
-            id(parameter)
-            for optimizer, _ in build_optimizers(model, config)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        ]
-        assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    assert (
-        all(name.startswith("quantize.quant_resi") for name in frozen) and len(frozen) == 4
-    )  # two scales use two phis
-
-
-@pytest.mark.parametrize("shape", [(2, 8, 24), (3, 24, 8), (1, 8, 8)])
-def test_orthogonalize_sets_singular_values_to_about_one(shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
-    assert values.min() > 0.3 and values.max() < 1.3
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_demo.json"])
