@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from star_dist.config import CaptionConfig
-from star_dist.errors import Unreachable, UserError, first_line
+from star_dist.errors import Unavailable, UserError, first_line
 from star_dist.text import is_unreachable
 
 
@@ -19,7 +19,7 @@ class Captioner:
 
     Raises:
         UserError: the model cannot be loaded, lacks weights, is none that turns pictures into text, or does not go with
-            the prompt. Unreachable: the hub does not answer.
+            the prompt. Unavailable: the hub does not answer.
     """
 
     def __init__(self, config: CaptionConfig, device: torch.device) -> None:
@@ -114,7 +114,7 @@ def _load(config: CaptionConfig, device: torch.device) -> tuple[Any, Any]:
             config.model, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # of damaged files: SafetensorError, tokenizers' bare Exception
-        kind = Unreachable if is_unreachable(error) else UserError
+        kind = Unavailable if is_unreachable(error) else UserError
         raise kind(
             f"model {config.model!r} could not be loaded: {first_line(error)} (model takes a Hugging Face id or folder "
             f"of an image-to-text or vision-language model)"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from data_prep.partition import Partition
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.files import FULL_DISK
 from star_dist.object_store import is_s3
 
@@ -31,7 +31,7 @@ def unfinished_work(output: str, work: str | None, job_hash: str, partition: Par
     work: as the config has it; null takes `OUTPUT.work`.
 
     Raises:
-        Unreachable: another process is at the partition.
+        Unavailable: another process is at the partition.
         UserError: the folder cannot be written or its disk is full, or the output is on S3 and no folder is given.
     """
     root = work_root(output, work)
@@ -83,7 +83,7 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
     """Holds a lock beside a working folder; the kernel gives it back however the process ends.
 
     Raises:
-        UserError: it cannot be written; Unreachable where another process holds it.
+        UserError: it cannot be written; Unavailable where another process holds it.
     """
     path = folder.with_name(folder.name + ".lock")
     with _locked(path, f"another worker is at {what} in {folder}; wait for it, or stop it"):
@@ -105,7 +105,7 @@ def _locked(path: Path, refusal: str) -> IO[str]:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             lock.close()
-            raise Unreachable(refusal) from None  # a lost node's locks last a while longer than its job
+            raise Unavailable(refusal) from None  # a lost node's locks last a while longer than its job
         except OSError as error:
             print(f"warning: {path} cannot be locked ({error.strerror}): start one worker at a time", file=sys.stderr)
         if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:

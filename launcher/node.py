@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from star_dist.cli import UNREACHABLE_EXIT
+from star_dist.cli import UNAVAILABLE_EXIT
 from star_dist.errors import first_line
 
 RANKS_POLL_S = 0.2
@@ -44,7 +44,7 @@ def main() -> int:
             file=sys.stderr,
             flush=True,
         )
-        return UNREACHABLE_EXIT
+        return UNAVAILABLE_EXIT
     return 0
 
 

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from star_dist.errors import RunEnded, Unreachable, UserError
+from star_dist.errors import RunEnded, Unavailable, UserError
 from star_dist.files import FULL_DISK
 
 # Exit codes of all commands beside 0. launcher/retry.py reads them: once more after PREEMPTED, never after INTERRUPTED
 # and a USER_ERROR that the training wrote down, and a limited number of times after everything else.
 USER_ERROR_EXIT = UserError.exit_code
-UNREACHABLE_EXIT = Unreachable.exit_code  # a store or the network: no mistake of a user
+UNAVAILABLE_EXIT = Unavailable.exit_code  # a store or the network: no mistake of a user
 HANG_EXIT = 70  # EX_SOFTWARE of sysexits.h: the watchdog ended a training that stood still
 PREEMPTED_EXIT = 75  # EX_TEMPFAIL of sysexits.h: saved on SIGUSR1 or SIGTERM, and wants to go on
 INTERRUPTED_EXIT = 130  # Ctrl-C, as shells have it; a training has saved before

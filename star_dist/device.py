@@ -12,7 +12,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
     """The device of a name; null is a GPU if there is one.
 
     Raises:
-        UserError: there is no such device here. Unreachable: none was named, and the GPUs that this process was given
+        UserError: there is no such device here. Unavailable: none was named, and the GPUs that this process was given
             cannot be used.
     """
     if name is None:
@@ -30,7 +30,7 @@ def rank_device(process: ProcessInfo) -> torch.device:
     """A rank's GPU, which becomes the current one; the CPU on a machine without GPUs.
 
     Raises:
-        Unreachable: this process was given GPUs and can use none.
+        Unavailable: this process was given GPUs and can use none.
         UserError: it sees fewer GPUs than there are ranks on its node.
     """
     check_gpus_are_there(torch.cuda.is_available())

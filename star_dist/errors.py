@@ -18,8 +18,8 @@ class UserError(ValueError):
     exit_code = 2
 
 
-class Unreachable(UserError):
-    """Something outside cannot be reached or written now: the same command may succeed later."""
+class Unavailable(UserError):
+    """Storage, network, another node or a lock is not to be had now: the same command may succeed later."""
 
     exit_code = 69  # EX_UNAVAILABLE of sysexits.h
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from star_dist.config import RunConfig, Section, TextSection
-from star_dist.errors import Unreachable, UserError, first_line
+from star_dist.errors import Unavailable, UserError, first_line
 from star_dist.files import read_json_object
 from star_dist.model.config import StarConfig
 from star_dist.model.star import STAR
@@ -192,7 +192,7 @@ def fetch_inference_folder(source: str | Path, revision: str | None = None) -> P
     """A folder as it is, or the local copy of a Hugging Face model id, fetched where it is not there yet.
 
     Raises:
-        UserError: neither. Unreachable: the hub does not answer.
+        UserError: neither. Unavailable: the hub does not answer.
     """
     folder = Path(source)
     if folder.exists() or not HUB_ID.fullmatch(str(source)):
@@ -204,7 +204,7 @@ def fetch_inference_folder(source: str | Path, revision: str | None = None) -> P
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(HUB_PATTERNS)))
     except (OSError, ValueError) as error:  # what the hub's own errors and those of the network are kinds of
-        kind = Unreachable if is_unreachable(error) else UserError
+        kind = Unavailable if is_unreachable(error) else UserError
         raise kind(f"there is no folder {source}, and no Hugging Face model of that id: {first_line(error)}") from None
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 # Of a network file system that has lost its server, or that a node has lost.
@@ -23,8 +23,8 @@ LOST_FILE_SYSTEM = {errno.EIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ESTALE, er
 
 
 def cannot_write(place: str, error: OSError) -> UserError:
-    """What to raise where a folder cannot be written; `Unreachable` where its file system may come back."""
-    kind = Unreachable if error.errno in LOST_FILE_SYSTEM else UserError
+    """What to raise where a folder cannot be written; `Unavailable` where its file system may come back."""
+    kind = Unavailable if error.errno in LOST_FILE_SYSTEM else UserError
     return kind(f"cannot write to {place}: {error.strerror}")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.files import replaced
 
 Result = TypeVar("Result")
@@ -78,7 +78,7 @@ class ObjectStore(Protocol):
     """Objects under a URL, by name. Threads may share one; processes forked from its owner may use it too.
 
     A name that does not exist is a FileNotFoundError; whatever else goes wrong with S3, after retries, is a UserError:
-    Unreachable where the store or the network may be well again later, RefusedObject where this object alone is at
+    Unavailable where the store or the network may be well again later, RefusedObject where this object alone is at
     fault.
     An object appears complete or not at all.
     """
@@ -157,7 +157,7 @@ class FolderStore:
         def fail(error: OSError) -> None:
             if isinstance(error, FileNotFoundError | NotADirectoryError) and error.filename == os.fspath(root):
                 return
-            kind = UserError if isinstance(error, PermissionError) else Unreachable
+            kind = UserError if isinstance(error, PermissionError) else Unavailable
             raise kind(
                 f"cannot list {error.filename}: {error.strerror}; make it readable, or try again later"
             ) from None
@@ -311,7 +311,7 @@ class S3Store:
                 objects = {"Objects": [{"Key": self.prefix + name} for name in batch], "Quiet": True}
                 answer = self.client.delete_objects(Bucket=self.bucket, Delete=objects)
             for failure in answer.get("Errors", ()):
-                raise Unreachable(f"cannot delete {S3_SCHEME}{self.bucket}/{failure['Key']}: {failure.get('Code')}")
+                raise Unavailable(f"cannot delete {S3_SCHEME}{self.bucket}/{failure['Key']}: {failure.get('Code')}")
 
     def discard_unfinished(self) -> None:
         """Nothing is visible; parts of cut uploads go by the bucket's own rule (AbortIncompleteMultipartUpload)."""
@@ -375,7 +375,7 @@ class S3Store:
         if fault := _settings_fault(error):
             reason = fault
         elif isinstance(error, broken.EndpointConnectionError | broken.ConnectTimeoutError):
-            kind = Unreachable
+            kind = Unavailable
             reason = f"the store cannot be reached; check the endpoint ({ENDPOINT_VARIABLE}) and the network"
         elif isinstance(error, broken.ClientError):
             code = str(error.response.get("Error", {}).get("Code", "unknown"))
@@ -385,9 +385,9 @@ class S3Store:
                 raise RefusedObject(*OBJECT_FAULTS[code], where) from None
             reason = f"{REFUSALS[code]} ({code})" if code in REFUSALS else f"the store answered {code}"
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            kind = Unreachable if status >= 500 or code in BUSY_CODES else UserError
+            kind = Unavailable if status >= 500 or code in BUSY_CODES else UserError
         else:
-            kind = Unreachable
+            kind = Unavailable
             reason = f"{type(error).__name__} after {ATTEMPTS} attempts; try again when the store answers"
         raise kind(f"cannot {action} {where}{at}: {reason}") from None
 

@@ -7,7 +7,7 @@ import re
 import socket
 from dataclasses import dataclass
 
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def check_gpus_are_there(available: bool) -> None:
     """Keeps a command from running on CPUs where it was given GPUs; `available`: whether torch sees one.
 
     Raises:
-        Unreachable: it was given GPUs and sees none.
+        Unavailable: it was given GPUs and sees none.
     """
     given = allocated_gpus()
     if given is not None and not available:
         node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-        raise Unreachable(
+        raise Unavailable(
             f"node {node} gave this process GPUs ({given}), but torch can use none; check nvidia-smi there and that "
             f"torch is a CUDA build, or set CUDA_VISIBLE_DEVICES to nothing to use CPUs"
         )

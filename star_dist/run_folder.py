@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from star_dist.config.base import Section, dump_config, parse_config
-from star_dist.errors import Unreachable
+from star_dist.errors import Unavailable
 from star_dist.files import cannot_write, read_json_lines, read_json_object, try_lock, write_text_atomically
 
 LOCK_FILE = "lock"
@@ -24,7 +24,7 @@ def claim_run_folder(run_dir: Path) -> IO[str] | None:
     None where the file system knows no locks, after a warning.
 
     Raises:
-        Unreachable: another training holds it, which may be ending, or its file system is lost.
+        Unavailable: another training holds it, which may be ending, or its file system is lost.
         UserError: it cannot be written.
     """
     try:
@@ -38,7 +38,7 @@ def claim_run_folder(run_dir: Path) -> IO[str] | None:
         print(f"warning: {run_dir} cannot be locked ({error.strerror}): start one training at a time", file=sys.stderr)
         return None
     if lock is None:
-        raise Unreachable(f"another training is running in {run_dir}; wait for it, or change run_dir")
+        raise Unavailable(f"another training is running in {run_dir}; wait for it, or change run_dir")
     return lock
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from star_dist.config import TextSection
-from star_dist.errors import Unreachable, UserError, first_line
+from star_dist.errors import Unavailable, UserError, first_line
 from star_dist.model.layout import copy_to_device
 
 
@@ -273,7 +273,7 @@ def _load(config: TextSection, dtype: torch.dtype, copy: Path | None = None):
             output_loading_info=True,
         )
     except Exception as error:  # of damaged files: SafetensorError, TypeError, tokenizers' bare Exception
-        kind = Unreachable if is_unreachable(error) else UserError
+        kind = Unavailable if is_unreachable(error) else UserError
         lacking = "" if importlib.util.find_spec("sentencepiece") else "; a spiece.model alone needs sentencepiece"
         raise kind(
             f"text encoder {name!r} could not be loaded: {first_line(error)} "

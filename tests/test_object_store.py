@@ -18,7 +18,7 @@ from pathlib import Path
 import botocore.exceptions
 import pytest
 
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.object_store import ObjectStore, open_store
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3 import SECRET_KEY, S3Bucket
@@ -157,7 +157,7 @@ def test_a_record_that_tls_cannot_decrypt_is_asked_for_again(
         ask()
         assert len(broken) == 2
         allowed = 100
-        with pytest.raises(Unreachable, match=rf"cannot read {s3.url}/x .*: SSLError after 8 attempts; try again"):
+        with pytest.raises(Unavailable, match=rf"cannot read {s3.url}/x .*: SSLError after 8 attempts; try again"):
             ask()
     assert (tmp_path / "x").read_bytes() == b"x" * 100_000
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
@@ -275,7 +275,7 @@ def test_settings_that_keep_the_client_from_asking_are_mistakes_of_the_user(
     with pytest.raises(UserError, match=said) as raised:
         store.read("x")
     text = str(raised.value)
-    assert not isinstance(raised.value, Unreachable)
+    assert not isinstance(raised.value, Unavailable)
     assert "\n" not in text and "attempts" not in text and "wrong-secret" not in text
 
 
@@ -296,7 +296,7 @@ def test_folders_that_cannot_be_read_are_not_left_out(tmp_path: Path, monkeypatc
     for name in ("one/x", "two/y"):
         store.write(name, b"x")
     scandir = os.scandir
-    for number, kind in ((errno.EIO, Unreachable), (errno.ENOENT, Unreachable), (errno.EACCES, UserError)):
+    for number, kind in ((errno.EIO, Unavailable), (errno.ENOENT, Unavailable), (errno.EACCES, UserError)):
 
         def scandir_or_fail(path: str, number: int = number) -> Iterator[os.DirEntry]:
             if os.path.basename(path) == "two":

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.run_folder import claim_run_folder, differences
 
 
@@ -30,10 +30,10 @@ def test_differences(before: dict[str, Any], now: dict[str, Any], expected: list
 
 
 def test_a_folder_that_is_taken_or_lost_may_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = pytest.raises(Unreachable, match="another training is running in")
+    taken = pytest.raises(Unavailable, match="another training is running in")
     with claim_run_folder(tmp_path), get_context("fork").Pool(1) as other, taken:  # no process locks itself out
         other.apply(claim_run_folder, [tmp_path])
-    for code, kind in ((errno.ESTALE, Unreachable), (errno.EACCES, UserError)):
+    for code, kind in ((errno.ESTALE, Unavailable), (errno.EACCES, UserError)):
 
         def fail(*_: Any, code: int = code, **__: Any) -> None:
             raise OSError(code, os.strerror(code))

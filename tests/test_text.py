@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from star_dist.config import TextSection
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.text import TextEncoder, TextFeatures, save_text_encoder
 
 CPU = torch.device("cpu")
@@ -310,7 +310,7 @@ def test_a_hub_that_does_not_answer_is_no_mistake(monkeypatch: pytest.MonkeyPatc
             raise OSError("We couldn't connect to 'https://huggingface.co' to load the files") from error
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", ask)
-    for offline, kind in ((False, Unreachable), (True, UserError)):
+    for offline, kind in ((False, Unavailable), (True, UserError)):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         with pytest.raises(UserError, match="couldn't connect") as raised:
             TextEncoder(TextSection(encoder="someone/encoder"), CPU)

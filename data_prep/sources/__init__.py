@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data_prep.recaptions import check_keys, read_unit_captions
 from data_prep.work import named_if_full
 from star_dist.config import Section, StorageSection, parse_config
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.object_store import FolderStore, ObjectStore, open_store
 
 CaptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -204,13 +204,13 @@ class SourceBase:
         """The bytes of one file of the source.
 
         Raises:
-            OSError: this file cannot be read; Unreachable where the whole folder is away.
+            OSError: this file cannot be read; Unavailable where the whole folder is away.
         """
         try:
             return self.store.read(name)
         except OSError as error:
             if isinstance(self.store, FolderStore) and not _has_entries(self.store.path):
-                raise Unreachable(
+                raise Unavailable(
                     f"cannot read {self.options.path}/{name}: {error.strerror}, and source.path {self.options.path} is "
                     f"no longer a folder with anything in it; mount it and run the same command again"
                 ) from None

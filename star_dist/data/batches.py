@@ -21,7 +21,7 @@ from star_dist.config import RunConfig
 from star_dist.data.dataset import SHARD_ADVICE, CaptionedTokens, MicroBatch, collate
 from star_dist.data.loading import leave_sigterm_to_the_rank, next_batch
 from star_dist.data.schema import DatasetMetadata
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 
 
 class TrainBatches:
@@ -86,7 +86,7 @@ class TrainBatches:
                 except RuntimeError as error:
                     if "timed out" not in str(error):
                         raise
-                    raise Unreachable(
+                    raise Unavailable(
                         f"no batch from {self.dataset.place} within data.batch_timeout_s {self.loader.timeout:.0f} s; "
                         f"{SHARD_ADVICE}"
                     ) from None

@@ -28,7 +28,7 @@ from star_dist.data.fetch import check_local_shards
 from star_dist.data.schema import FEATURE_DTYPE, DatasetMetadata, decode_captions, decode_features, decode_tokens
 from star_dist.data.shared_memory import one_number_for_all_ranks, record_segments
 from star_dist.data.streams import CORRUPT_MARK, CorruptShard, UnreadableIndex, build_streams, remove_leftovers
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.files import FULL_DISK
 from star_dist.scales import ScaleSchedule
 
@@ -215,7 +215,7 @@ class CaptionedTokens(StreamingDataset):
             return UserError(
                 f"{problem}data.cache_limit {self.cache_limit} has no room for the shards in use; raise it"
             )
-        kind = UserError if isinstance(error, CorruptShard) else Unreachable
+        kind = UserError if isinstance(error, CorruptShard) else Unavailable
         return kind(f"{problem}{reason}; {SHARD_ADVICE}")
 
     def __getitem__(self, index: int) -> dict[str, Any]:

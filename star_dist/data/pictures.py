@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"})
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
@@ -151,7 +151,7 @@ class PictureFiles(torch.utils.data.Dataset):
 
     Raises:
         UnreadablePicture: from `__getitem__`, with the file's name.
-        Unreachable: from `__getitem__`, where the storage fails, so that nothing is known of the picture.
+        Unavailable: from `__getitem__`, where the storage fails, so that nothing is known of the picture.
     """
 
     def __init__(self, paths: Sequence[Path], side: int) -> None:
@@ -179,4 +179,4 @@ def _read_file(path: Path) -> bytes:
             if error.errno in FILE_FAULTS:
                 raise UnreadablePicture(f"unreadable file: {error.strerror}") from None
             reason = error.strerror
-    raise Unreachable(f"cannot read {path}: {reason}, {READ_ATTEMPTS} times; try again when the storage answers")
+    raise Unavailable(f"cannot read {path}: {reason}, {READ_ATTEMPTS} times; try again when the storage answers")

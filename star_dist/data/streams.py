@@ -16,7 +16,7 @@ from streaming.base.world import World
 from star_dist.config import DataSection
 from star_dist.data.open_shards import OpenShard
 from star_dist.data.schema import SHARD_HASH
-from star_dist.errors import Unreachable
+from star_dist.errors import Unavailable
 from star_dist.files import cannot_write, try_lock
 from star_dist.object_store import ENDPOINT_VARIABLE
 
@@ -130,7 +130,7 @@ def claim_caches(data: DataSection) -> list[IO[str]]:
     Two trainings in one cache would evict each other's shards. The kernel gives the folders back when this ends.
 
     Raises:
-        Unreachable: another training on this host uses one of them and may be ending, or its file system is lost.
+        Unavailable: another training on this host uses one of them and may be ending, or its file system is lost.
         UserError: it cannot be written.
     """
     locks = []
@@ -144,7 +144,7 @@ def claim_caches(data: DataSection) -> list[IO[str]]:
         except OSError as error:
             raise cannot_write(f"the cache {folder} of {source.remote}", error) from None
         if lock is None:
-            raise Unreachable(
+            raise Unavailable(
                 f"another training on this host uses the cache {folder} of {source.remote}; wait for it, or set "
                 f"data.local to a folder of its own"
             )

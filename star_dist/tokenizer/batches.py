@@ -102,7 +102,7 @@ class ReadablePictures:
 
         Raises:
             UserError: not one picture can be read.
-            Unreachable: the storage fails, so that nothing is known of a picture.
+            Unavailable: the storage fails, so that nothing is known of a picture.
         """
         for i in range(len(self)):
             position = (index + i) % len(self)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from star_dist.config import TokenizerTrainConfig
-from star_dist.errors import Unreachable, UserError, first_line
+from star_dist.errors import Unavailable, UserError, first_line
 from star_dist.files import LOST_FILE_SYSTEM, read_json_object, sync_to_disk
 from star_dist.run_folder import differences_since
 from star_dist.tokenizer.io import CONFIG_FILE
@@ -83,7 +83,7 @@ def read_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     """The state that `write_checkpoint` wrote, on the CPU, or None where there is none.
 
     Raises:
-        UserError: it is damaged, or may not be read. Unreachable: its storage fails.
+        UserError: it is damaged, or may not be read. Unavailable: its storage fails.
     """
     path = run_dir / CHECKPOINT_FILE
     if not path.is_file():
@@ -92,6 +92,6 @@ def read_checkpoint(run_dir: Path) -> dict[str, Any] | None:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader checks little: damaged files end in errors of any kind
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which seeking in a cut file ends in
-            kind = Unreachable if error.errno in LOST_FILE_SYSTEM else UserError
+            kind = Unavailable if error.errno in LOST_FILE_SYSTEM else UserError
             raise kind(f"cannot read {path}: {error.strerror}") from None
         raise UserError(f"{path} is damaged ({first_line(error)}); remove it to start anew") from None

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from star_dist.config import TokenizerTrainConfig, dump_config
 from star_dist.data.pictures import normalize
 from star_dist.device import rank_device
-from star_dist.errors import RunEnded, Unreachable, UserError
+from star_dist.errors import RunEnded, Unavailable, UserError
 from star_dist.files import append_json_line, training_goes_on, write_text_atomically
 from star_dist.process import ProcessInfo
 from star_dist.run_folder import METRICS_FILE, claim_run_folder, keep_metrics_up_to
@@ -49,7 +49,7 @@ def train_tokenizer(config: TokenizerTrainConfig, process: ProcessInfo) -> None:
     Raises:
         UserError: the run folder holds a run of another configuration or of other pictures, a picture folder or
             weights file that cannot be used, ranks that find different files there, a batch that the ranks cannot
-            share, or a loss that is not finite. Unreachable: see `rank_device`; or as `TokenizerTraining.run`.
+            share, or a loss that is not finite. Unavailable: see `rank_device`; or as `TokenizerTraining.run`.
         RunEnded: it was asked to end before the last step (`star_dist.train.signals`); it has saved.
     """
     run_dir = Path(config.run_dir)
@@ -108,7 +108,7 @@ class TokenizerTraining:
 
         Raises:
             RunEnded: it was asked to end before; it has saved.
-            Unreachable: it was asked to end, and could not save.
+            Unavailable: it was asked to end, and could not save.
             UserError: as `TokenizerUpdate`, and as `StepBatches.from_step`.
         """
         with self.requests.listening():
@@ -231,10 +231,10 @@ class TokenizerTraining:
         """Ends the run as it was asked to.
 
         Raises:
-            RunEnded: always, unless Unreachable: the step could not be saved.
+            RunEnded: always, unless Unavailable: the step could not be saved.
         """
         if not saved:  # a failure, or the job would come back for ever
-            raise Unreachable(
+            raise Unavailable(
                 f"{request.name}: the checkpoint of step {step} cannot be written to {self.run_dir}; the training goes "
                 f"on from the one before it when started again"
             )

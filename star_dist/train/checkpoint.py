@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from star_dist.config import CheckpointSection, DataSection, RunConfig, dump_config
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.run_folder import differences_since
 from star_dist.train.places import LocalPlace, Place, S3Place
 
@@ -112,7 +112,7 @@ class CheckpointFolder:
     """All checkpoints of a run.
 
     Raises:
-        UserError: from any method, the place cannot be reached (`Unreachable`) or read.
+        UserError: from any method, the place cannot be reached (`Unavailable`) or read.
     """
 
     def __init__(self, run_dir: Path, options: CheckpointSection | None = None) -> None:
@@ -136,7 +136,7 @@ class CheckpointFolder:
             matches = (re.fullmatch(r"step_(\d{8,})", name) for name in self.place.folders())
             return sorted((int(match[1]), MARKER in self.place.files(match[0])) for match in matches if match)
         except OSError as error:
-            raise Unreachable(f"cannot list the checkpoints at {self.place}: {error}") from None
+            raise Unavailable(f"cannot list the checkpoints at {self.place}: {error}") from None
 
     def find(self, step: int | None, *, at_most: int | None = None) -> Checkpoint | None:
         """The checkpoint of a step, or with None the newest complete one (of step `at_most` or before), if any.
@@ -186,7 +186,7 @@ class CheckpointFolder:
                 self.place, folder, step, marker["world_size"], inputs, skipped_data, marker["config"]
             )
         except OSError as error:
-            raise Unreachable(f"cannot read checkpoint {self.place}/{folder}: {error}; {advice}") from None
+            raise Unavailable(f"cannot read checkpoint {self.place}/{folder}: {error}; {advice}") from None
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{MARKER} is no marker of this version ({type(error).__name__}: {error})"
             raise DamagedCheckpoint(f"checkpoint {self.place}/{folder} is damaged: {reason}; {advice}") from None

@@ -36,7 +36,7 @@ def evaluate(folder: Path, config: RunConfig, step: int | None) -> dict[str, flo
 
     Raises:
         UserError: neither of the two, an attention kernel that cannot run here, a model that does not fit the config,
-            or data that cannot be read. Unreachable: see `find_device`.
+            or data that cannot be read. Unavailable: see `find_device`.
     """
     if config.data.validation_split is None:
         raise UserError("data.validation_split is null; name the split to evaluate on")

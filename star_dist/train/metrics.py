@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from star_dist.config import RunConfig, dump_config
-from star_dist.errors import Unreachable, UserError, first_line
+from star_dist.errors import Unavailable, UserError, first_line
 from star_dist.files import append_json_line, training_goes_on
 from star_dist.run_folder import METRICS_FILE, keep_metrics_up_to
 from star_dist.train.gpu_peaks import GPU_PEAK_TFLOPS
@@ -163,7 +163,7 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
         reason = first_line(error)
         unreachable = isinstance(error, wandb.errors.CommError)
         if unreachable and not isinstance(error, wandb.errors.AuthenticationError):
-            raise Unreachable(f"Weights & Biases: {reason}; start again, or set logging.wandb to offline") from None
+            raise Unavailable(f"Weights & Biases: {reason}; start again, or set logging.wandb to offline") from None
         raise UserError(f"Weights & Biases: {reason}; log in, or set logging.wandb to offline or off") from None
     run.define_metric("*", step_metric=WANDB_STEP)
     return run

@@ -17,11 +17,11 @@ import torch
 import torch.distributed
 from torch.distributed import PrefixStore
 
-from star_dist.cli import UNREACHABLE_EXIT
+from star_dist.cli import UNAVAILABLE_EXIT
 from star_dist.config import CheckpointSection, DataSection, RunConfig
 from star_dist.device import rank_device
 from star_dist.environment import describe_environment
-from star_dist.errors import Unreachable, UserError, first_line
+from star_dist.errors import Unavailable, UserError, first_line
 from star_dist.files import free_bytes
 from star_dist.object_store import is_s3
 from star_dist.process import ProcessInfo
@@ -57,7 +57,7 @@ class RankCheck:
 
     def add(self, error: OSError | UserError) -> None:
         """Takes a problem down by its kind."""
-        (self.unreachable if isinstance(error, Unreachable) else self.problems).append(str(error))
+        (self.unreachable if isinstance(error, Unavailable) else self.problems).append(str(error))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Preflight:
         """Of the command: 0, 1 for bad nodes, or 69 where all that is wrong is out of reach."""
         unreachable = sum(len(check.unreachable) for check in self.ranks)
         bad = sum(len(problems) for problems in self.problems.values()) - unreachable
-        return 1 if bad else UNREACHABLE_EXIT if unreachable else 0
+        return 1 if bad else UNAVAILABLE_EXIT if unreachable else 0
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -102,7 +102,7 @@ def preflight(config: RunConfig, process: ProcessInfo) -> Preflight:
     """Runs all checks on all ranks of the job.
 
     Raises:
-        Unreachable: ranks that do not arrive, with the nodes that did, or a node whose GPUs cannot be used.
+        Unavailable: ranks that do not arrive, with the nodes that did, or a node whose GPUs cannot be used.
         UserError: see `rank_device`.
     """
     device = rank_device(process)
@@ -124,7 +124,7 @@ def _meet(node: str, device: torch.device) -> None:
     try:
         store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
     except torch.distributed.DistError as error:
-        raise Unreachable(
+        raise Unavailable(
             f"node {node} does not reach {os.environ.get('MASTER_ADDR')}, where rank 0 should be, within "
             f"{ARRIVAL_TIMEOUT_S} s: {first_line(error)}"
         ) from None
@@ -137,7 +137,7 @@ def _meet(node: str, device: torch.device) -> None:
         time.sleep(0.05 if missing else 0)
     if missing:
         present = {arrivals.get(f"rank {other}").decode() for other in range(world_size) if other not in missing}
-        raise Unreachable(
+        raise Unavailable(
             f"ranks {missing} did not arrive within {ARRIVAL_TIMEOUT_S} s; those of nodes {sorted(present)} did, so a "
             f"node of the job beside these is bad or cannot reach {os.environ.get('MASTER_ADDR')}"
         )

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.files import FULL_DISK
 from star_dist.train.checkpoint import CHOOSING, INDEX, Checkpoint, shard_name
 from star_dist.train.places import Place
@@ -175,7 +175,7 @@ class ShardReader:
                 raise
             full = isinstance(error, OSError) and error.errno in FULL_DISK
             advice = f"make room in {tempfile.gettempdir()}, or set TMPDIR" if full else ADVICE
-            kind = Unreachable if isinstance(error, OSError) else UserError
+            kind = Unavailable if isinstance(error, OSError) else UserError
             raise kind(
                 f"checkpoint {self.checkpoint.path} cannot be read: {type(error).__name__}: {error}; {advice}"
             ) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from star_dist.cli import PREEMPTED_EXIT
 from star_dist.config import RunConfig
-from star_dist.errors import RunEnded, Unreachable, UserError
+from star_dist.errors import RunEnded, Unavailable, UserError
 from star_dist.train.checkpoint import Checkpoint, CheckpointFolder, RunInputs
 from star_dist.train.control import ControlGroup
 from star_dist.train.engine import Engine
@@ -159,7 +159,7 @@ class Supervisor:
 
         Raises:
             RunEnded: it was asked to end.
-            Unreachable: the last step's checkpoint cannot be written, or that of a run that wants to go on.
+            Unavailable: the last step's checkpoint cannot be written, or that of a run that wants to go on.
         """
         last = done == self.config.train.steps
         ends = request is not None and request.exit_code is not None and not last
@@ -167,14 +167,14 @@ class Supervisor:
             self.facts.copied(done)
             saved = self.saver.start(done, wait=last or ends or not self.config.checkpoint.background)
         if last and not saved:
-            raise Unreachable(
+            raise Unavailable(
                 f"the last checkpoint could not be written to {self.checkpoints.place}; mend that and start again"
             )
         if ends:
             newest = done if saved else max(self.checkpoints.complete_steps(), default=0)
             goes_on = f"{request.name}: the run goes on from step {newest} when started again"
             if request.exit_code == PREEMPTED_EXIT and not saved:  # a failure, or it would come back for ever
-                raise Unreachable(f"{goes_on}; step {done} could not be written to {self.checkpoints.place}")
+                raise Unavailable(f"{goes_on}; step {done} could not be written to {self.checkpoints.place}")
             raise RunEnded(goes_on, request.exit_code)
 
     def _on_save_failed(self, step: int, reason: str) -> None:

@@ -177,7 +177,7 @@ def test_a_missing_index_is_one_message(on_s3: MakeConfig, s3: S3Bucket) -> None
     config = on_s3()
     s3.client().delete_object(Bucket=s3.bucket, Key="set/train/index.json")
     said = r"cannot read the data set at \S+/set/train: .*/set/train/index\.json not found"
-    with pytest.raises(RankFailed, match=rf"\n\S*Unreachable: {said}"):
+    with pytest.raises(RankFailed, match=rf"\n\S*Unavailable: {said}"):
         order(config, 0, 1, 2)
 
 
@@ -201,7 +201,7 @@ def test_two_trainings_do_not_share_a_cache(on_s3: MakeConfig, run_config: MakeC
 
     data = on_s3().data
     locks = claim_caches(data)
-    with pytest.raises(RankFailed, match="Unreachable: another training on this host uses the cache"):
+    with pytest.raises(RankFailed, match="Unavailable: another training on this host uses the cache"):
         run_ranks(claim_caches, 1, data)
     for lock in locks:
         lock.close()

@@ -27,7 +27,7 @@ from data_prep.sources import open_source
 from data_prep.tokenization import tokenize
 from star_dist.config import CaptionConfig, PrepConfig, parse_config
 from star_dist.data.schema import decode_captions, read_metadata
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from tests.data_prep import tiny_captioners
 from tests.data_prep.jobs import contents, samples
 from tests.data_prep.test_webdataset_source import write_tar
@@ -115,7 +115,7 @@ def test_a_hub_that_does_not_answer_is_no_mistake(values: dict[str, Any], monkey
 
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", ask)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(Unreachable, match="couldn't connect"):
+    with pytest.raises(Unavailable, match="couldn't connect"):
         Captioner(make_config(values, model="someone/captioner"), torch.device("cpu"))
 
 

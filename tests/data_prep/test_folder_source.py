@@ -14,7 +14,7 @@ from data_prep.preparation import prepare
 from data_prep.recaptions import caption_line
 from data_prep.sources import SourceBase, SourceItem, open_source
 from star_dist.config import PrepConfig, parse_config
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.object_store import FolderStore, StoredObject
 from tests.s3 import S3Bucket
 
@@ -179,7 +179,7 @@ def test_a_folder_that_goes_takes_no_picture_with_it(
     if left != "nothing":
         folder.touch() if left == "a file" else folder.mkdir()
     config = parse_config(PrepConfig, prep_values | {"output": "unused"})
-    with pytest.raises(Unreachable, match=r"a\.(png|txt): .*pictures is no longer a folder with .*same command again"):
+    with pytest.raises(Unavailable, match=r"a\.(png|txt): .*pictures is no longer a folder with .*same command again"):
         prepare(item, config, ("original",))
     if left == "a file":
         folder.unlink()

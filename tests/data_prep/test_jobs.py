@@ -29,7 +29,7 @@ from data_prep.verification import verify
 from data_prep.work import unfinished_work
 from star_dist.config import PrepConfig, parse_config
 from star_dist.data.schema import decode_captions, decode_tokens, read_metadata
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.object_store import open_store
 from tests.data_prep.jobs import contents, samples
 from tests.data_prep.test_webdataset_source import write_tar
@@ -193,7 +193,7 @@ def test_a_second_worker_on_a_partition_is_refused(many_pictures: dict[str, Any]
     try:
         while not list((tmp_path / "set.work").rglob("held")):
             time.sleep(0.01)
-        with pytest.raises(Unreachable, match=r"another worker is at partition 0/2 in .*; wait for it, or stop it"):
+        with pytest.raises(Unavailable, match=r"another worker is at partition 0/2 in .*; wait for it, or stop it"):
             tokenize_partition(config, Partition(0, 2))
     finally:
         process.kill()

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from star_dist.config import RunConfig, dump_config
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.export import ExportConfig, fetch_inference_folder, read_export_config
 from star_dist.inference.editing import inpaint
 from star_dist.inference.options import SamplingOptions
@@ -60,7 +60,7 @@ def test_a_hub_that_does_not_answer_is_no_mistake(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", ask)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(Unreachable, match="internet connection"):
+    with pytest.raises(Unavailable, match="internet connection"):
         fetch_inference_folder("someone/star")
 
 

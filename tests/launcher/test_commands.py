@@ -346,7 +346,7 @@ def test_bare_srun_gives_every_task_its_rank(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nothing_falls_back_to_cpus_where_gpus_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
     from star_dist.device import find_device, rank_device
-    from star_dist.errors import Unreachable
+    from star_dist.errors import Unavailable
     from star_dist.process import ProcessInfo, check_gpus_are_there
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -363,7 +363,7 @@ def test_nothing_falls_back_to_cpus_where_gpus_were_given(monkeypatch: pytest.Mo
                 lambda: find_device(None),
                 lambda: rank_device(ProcessInfo(0, 0, 1, 1)),
             ):
-                with pytest.raises(Unreachable, match=r"node gpu7 gave this process GPUs .*torch can use none"):
+                with pytest.raises(Unavailable, match=r"node gpu7 gave this process GPUs .*torch can use none"):
                     use()
             assert find_device("cpu").type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -413,18 +413,18 @@ def test_preflight_calls_what_may_come_back_unreachable(
     """A rank that does not arrive, and a store that does not answer, but not beside other problems."""
     import torch
 
-    from star_dist.errors import Unreachable
+    from star_dist.errors import Unavailable
     from star_dist.process import ProcessInfo
     from star_dist.train import preflight
 
     process = ProcessInfo(0, 0, 2, 2)
     monkeypatch.setattr(preflight, "ARRIVAL_TIMEOUT_S", 0.1)
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 2)]))
-    with pytest.raises(Unreachable, match=r"ranks \[1\] did not arrive within 0\.1 s; those of nodes \['n1'\] did"):
+    with pytest.raises(Unavailable, match=r"ranks \[1\] did not arrive within 0\.1 s; those of nodes \['n1'\] did"):
         preflight._meet("n1", torch.device("cpu"))
 
     def unreachable(place: preflight.S3Place) -> None:
-        raise Unreachable(f"cannot list {place}: the store cannot be reached")
+        raise Unavailable(f"cannot list {place}: the store cannot be reached")
 
     monkeypatch.setattr(preflight.S3Place, "check_access", unreachable)
     for tokenizer, expected in (({}, 69), ({"path": "/absent"}, 1)):

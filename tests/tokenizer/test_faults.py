@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from star_dist.config import TokenizerTrainConfig
-from star_dist.errors import RunEnded, Unreachable, UserError
+from star_dist.errors import RunEnded, Unavailable, UserError
 from star_dist.process import prepare_process_environment
 from star_dist.tokenizer import run_files, train, update
 from star_dist.tokenizer.batches import StepBatches
@@ -190,7 +190,7 @@ def test_checkpoints_with_a_flipped_bit_end_in_no_traceback(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("number", "kind", "said"),
-    [(errno.ESTALE, Unreachable, "Stale file handle"), (errno.EACCES, UserError, "Permission denied")],
+    [(errno.ESTALE, Unavailable, "Stale file handle"), (errno.EACCES, UserError, "Permission denied")],
 )
 def test_a_checkpoint_that_cannot_be_reached_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[UserError], said: str
@@ -236,10 +236,10 @@ def test_the_tokenizer_is_written_before_its_pictures_are_drawn(
     config = make_config(steps=2)
 
     def fail(*_: Any) -> None:
-        raise Unreachable("cannot read a picture")
+        raise Unavailable("cannot read a picture")
 
     monkeypatch.setattr(train, "draw_reconstructions", fail)
-    with pytest.raises(Unreachable):
+    with pytest.raises(Unavailable):
         rank_main(config)
     assert load_tokenizer(Path(config.run_dir)).config == config.tokenizer
 

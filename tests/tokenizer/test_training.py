@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from star_dist.config import ConfigError, TokenizerTrainConfig, load_config
 from star_dist.config.tokenizer import least_judged_side
 from star_dist.data.pictures import normalize
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.process import prepare_process_environment
 from star_dist.scales import ScaleSchedule
 from star_dist.tokenizer.batches import PicturePaths, ReadablePictures, StepBatches, find_pictures, fingerprint
@@ -258,10 +258,10 @@ def test_a_storage_that_fails_is_no_reason_to_drop_a_picture(
     assert pictures.unreadable == {1: "unreadable file: Permission denied"}
     faults += [errno.ESTALE] * 5
     said = rf"^cannot read {paths[2]}: Stale file handle, 5 times; try again when the storage answers$"
-    with pytest.raises(Unreachable, match=said):
+    with pytest.raises(Unavailable, match=said):
         pictures.read(2, {})
     faults += [errno.ESTALE] * 5
-    with pytest.raises(Unreachable, match=r"^cannot read .*: Stale file handle, 5 times; try again when .*answers$"):
+    with pytest.raises(Unavailable, match=r"^cannot read .*: Stale file handle, 5 times; try again when .*answers$"):
         next(StepBatches(pictures, 1, 8, 0, 1, False).from_step(0, 2, 1))  # from a worker, without its traceback
 
 

@@ -306,7 +306,7 @@ def test_s3_out_of_reach_does_not_end_the_training(run_config: MakeConfig, s3: S
         Trainer._train_from = train_from
         train(config)
 
-    with pytest.raises(RankFailed, match=r"Unreachable: the last checkpoint could not be written to s3://short-lived"):
+    with pytest.raises(RankFailed, match=r"Unavailable: the last checkpoint could not be written to s3://short-lived"):
         run_ranks(run, 1)
     assert sorted(metrics(config)) == [1, 2, 3, 4, 5]
     failures = [event for event in read_events(Path(config.run_dir)) if event["event"] == "save_failed"]

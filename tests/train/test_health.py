@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from star_dist.config import HealthSection, RunConfig
-from star_dist.errors import Unreachable, UserError
+from star_dist.errors import Unavailable, UserError
 from star_dist.train.facts import (
     FactsLog,
     append_event,
@@ -523,8 +523,8 @@ def test_a_mistake_is_a_fact_and_its_exit_code_counts(tmp_path: Path) -> None:
         raise UserError("no tokenizer at /absent")
     assert exit_code_since(tmp_path, began) == 2
     assert run_status_of(tmp_path) == "not started: no tokenizer at /absent"
-    with pytest.raises(Unreachable), FactsLog(tmp_path, rank=0).attempt(0, 1):
-        raise Unreachable("the store cannot be reached")
+    with pytest.raises(Unavailable), FactsLog(tmp_path, rank=0).attempt(0, 1):
+        raise Unavailable("the store cannot be reached")
     assert exit_code_since(tmp_path, began) == 69
     assert exit_code_since(tmp_path, time.time() + 1) is None
 
@@ -601,7 +601,7 @@ def test_ranks_skip_the_same_data_where_each_has_a_run_folder_of_its_own(
             return plain(supervisor, step)
 
         Supervisor.end_step = end_step
-        with pytest.raises(Unreachable, match="the last checkpoint could not be written"):  # nor is it on S3 here
+        with pytest.raises(Unavailable, match="the last checkpoint could not be written"):  # nor is it on S3 here
             train(run_config(run_dir=str(tmp_path / f"rank{os.environ['RANK']}"), train={"steps": 3}))
         return steps
 
