@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from star_dist.inference.pipeline import StarPipeline
+from star_dist.model.size import FLOAT32_BYTES
 
 USED_SHARE = 0.8  # of the free memory; the rest is left for fragments and for what others take
-FLOAT32_BYTES = 4
 LOGITS_COPIES = 4  # a scale's logits as computed, guided, sorted and with their noise
 BLOCK_WIDTHS = 12  # most that one block holds at once, in widths of a token: the feed-forward's 4 twice, and the rest
 DECODER_MAPS = 4  # of the finest level, held at once by a residual block of the decoder
