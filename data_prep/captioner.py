@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from star_dist.config import CaptionConfig
-from star_dist.errors import Unavailable, UserError, first_line
-from star_dist.text import is_unreachable
+from star_dist.errors import UserError, first_line
+from star_dist.hub import hub_error
 
 
 class Captioner:
@@ -114,10 +114,10 @@ def _load(config: CaptionConfig, device: torch.device) -> tuple[Any, Any]:
             config.model, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # of damaged files: SafetensorError, tokenizers' bare Exception
-        kind = Unavailable if is_unreachable(error) else UserError
-        raise kind(
+        raise hub_error(
+            error,
             f"model {config.model!r} could not be loaded: {first_line(error)} (model takes a Hugging Face id or folder "
-            f"of an image-to-text or vision-language model)"
+            f"of an image-to-text or vision-language model)",
         ) from None
     # transformers fills them with random values; poolers take no part in captions.
     missing = [key for key in sorted(found["missing_keys"]) if "pooler." not in key]

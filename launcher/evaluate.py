@@ -5,7 +5,7 @@ train.precision, as in training. The result, JSON on stdout and in --out, is wha
 --num-samples held-out pictures.
 """
 
-from star_dist.cli import command_parser, run_command
+from star_dist.cli import check_is_no_folder, command_parser, run_command
 
 
 def main() -> None:
@@ -35,8 +35,7 @@ def main() -> None:
         overrides.append(f"validation.num_samples={arguments.num_samples}")
     config = load_config(RunConfig, arguments.config or folder / CONFIG_FILE, overrides)
     if arguments.out:  # one that cannot be is found before anything is evaluated
-        if Path(arguments.out).is_dir():
-            raise UserError(f"--out {arguments.out} is a folder; name a file, in it or elsewhere")
+        check_is_no_folder(Path(arguments.out))
         Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     prepare_process_environment(config.train.omp_threads)
 

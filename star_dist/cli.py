@@ -10,6 +10,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from star_dist.errors import RunEnded, Unavailable, UserError
@@ -25,6 +26,16 @@ INTERRUPTED_EXIT = 130  # Ctrl-C, as shells have it; a training has saved before
 BROKEN_PIPE_EXIT = 141  # SIGPIPE, as shells have it
 OTHER_RANKS_WAIT_S = 10
 LOST_RANK = re.compile(r"gloo.*?(Connection (?:closed|reset) by peer|Broken pipe)", re.DOTALL)  # as gloo says it
+
+
+def check_is_no_folder(out: Path) -> None:
+    """Whether a command's result can go to the file that --out names, before it is worked for.
+
+    Raises:
+        UserError: it is a folder.
+    """
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file, in it or elsewhere")
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -27,14 +27,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from star_dist.config import RunConfig, Section, TextSection
-from star_dist.errors import Unavailable, UserError, first_line
+from star_dist.errors import UserError, first_line
 from star_dist.files import read_json_object
+from star_dist.hub import hub_error
 from star_dist.model.config import StarConfig
 from star_dist.model.star import STAR
 from star_dist.model_card import ModelFacts, model_card
 from star_dist.public_layout import check_weights
 from star_dist.scales import ScaleSchedule
-from star_dist.text import is_unreachable, portable_name, save_text_encoder
+from star_dist.text import portable_name, save_text_encoder
 from star_dist.tokenizer.io import load_tokenizer, save_tokenizer, tokenizer_hash
 from star_dist.tokenizer.vqvae import MultiScaleVQVAE
 from star_dist.weights import WRITTEN_FILES, read_weights, read_weights_folder, write_weights
@@ -204,8 +205,8 @@ def fetch_inference_folder(source: str | Path, revision: str | None = None) -> P
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(HUB_PATTERNS)))
     except (OSError, ValueError) as error:  # what the hub's own errors and those of the network are kinds of
-        kind = Unavailable if is_unreachable(error) else UserError
-        raise kind(f"there is no folder {source}, and no Hugging Face model of that id: {first_line(error)}") from None
+        message = f"there is no folder {source}, and no Hugging Face model of that id: {first_line(error)}"
+        raise hub_error(error, message) from None
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, attention: str = "auto") -> tuple[ExportConfig, STAR]:

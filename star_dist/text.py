@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from star_dist.config import TextSection
-from star_dist.errors import Unavailable, UserError, first_line
+from star_dist.errors import UserError, first_line
+from star_dist.hub import hub_error
 from star_dist.model.layout import copy_to_device
 
 
@@ -241,15 +242,6 @@ def _local_path(encoder: str) -> Path:
     return Path(found.origin).parent / folder
 
 
-def is_unreachable(error: BaseException | None) -> bool:
-    """Whether the Hugging Face hub, which was asked, did not answer."""
-    from huggingface_hub import constants, errors
-
-    while error is not None and not isinstance(error, errors.LocalEntryNotFoundError):
-        error = error.__cause__ or error.__context__
-    return error is not None and not constants.HF_HUB_OFFLINE
-
-
 def _load(config: TextSection, dtype: torch.dtype, copy: Path | None = None):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn on every start
     import transformers
@@ -273,13 +265,13 @@ def _load(config: TextSection, dtype: torch.dtype, copy: Path | None = None):
             output_loading_info=True,
         )
     except Exception as error:  # of damaged files: SafetensorError, TypeError, tokenizers' bare Exception
-        kind = Unavailable if is_unreachable(error) else UserError
         lacking = "" if importlib.util.find_spec("sentencepiece") else "; a spiece.model alone needs sentencepiece"
-        raise kind(
+        raise hub_error(
+            error,
             f"text encoder {name!r} could not be loaded: {first_line(error)} "
             f"(text.encoder takes a Hugging Face id, a local folder or package:NAME/FOLDER; the model is looked for in "
             f"its text.encoder_subfolder {config.encoder_subfolder!r}, as safetensors, and the tokenizer in its "
-            f"text.tokenizer_subfolder {config.tokenizer_subfolder!r}{lacking})"
+            f"text.tokenizer_subfolder {config.tokenizer_subfolder!r}{lacking})",
         ) from None
     # transformers fills them with random values. BERT-like models often come without the pooler, which mean leaves out.
     missing = [key for key in sorted(found["missing_keys"]) if config.pooling == "pooler" or "pooler." not in key]

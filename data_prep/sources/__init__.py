@@ -162,6 +162,11 @@ class SourceBase:
         """All named captions, the one that every picture must have first."""
         return (*self.options.captions, *self.options.recaptions)
 
+    @property
+    def first_field(self) -> str | None:
+        """The field of the first caption that the source has itself, None where it has none."""
+        return next(iter(self.options.captions.values()), None)
+
     def open(self, unit: str) -> Unit:
         """The items of a unit; what they read from stays open as long as one of them is held.
 
@@ -193,12 +198,11 @@ class SourceBase:
         Raises:
             DamagedFields: the .txt is not UTF-8.
         """
-        first = next(iter(self.options.captions.values()), None)
-        if first is None:
+        if self.first_field is None:
             return
-        caption = fields.get(first)
+        caption = fields.get(self.first_field)
         if not isinstance(caption, str) or not caption.strip():
-            fields[first] = parse_text(read())
+            fields[self.first_field] = parse_text(read())
 
     def read_file(self, name: str) -> bytes:
         """The bytes of one file of the source.

@@ -54,7 +54,7 @@ class Source(SourceBase):
         if listings:
             read = _read_csv if listings[0].endswith(".csv") else _read_jsonl
             self._listed = read(_decoded(self.store.read(listings[0]), f"{options.path}/{listings[0]}"))
-            column = next(iter(options.captions.values()), None)
+            column = self.first_field
             rows = self._listed.values()
             if rows and column is not None and not any(isinstance((row or {}).get(column), str) for row in rows):
                 raise UserError(

@@ -231,7 +231,8 @@ class CaptionedTokens(StreamingDataset):
             return self._blank(index, metadata)
         except Exception as error:  # of any client of any store
             raise self._explained(self.failure or error) from None
-        if problem := self._damage(stored, metadata):
+        captions = decode_captions(stored, metadata)
+        if problem := self._damage_of_tokens(stored, metadata) or ("" if captions else "no caption"):
             raise UserError(
                 f"sample {index} of {self.place} (key {stored['key']!r}) is damaged: it has {problem}; find all such "
                 f"samples with python -m data_prep.verify, and copy or tokenize the data set again"
@@ -240,24 +241,20 @@ class CaptionedTokens(StreamingDataset):
             "sample_id": int(index),
             "present": True,
             "tokens": decode_tokens(stored, metadata),
-            "captions": decode_captions(stored, metadata),
+            "captions": captions,
         }
         if self.feature_width is not None:
-            sample["features"] = {
-                name: decode_features(stored, name, self.feature_width) for name in sample["captions"]
-            }
+            sample["features"] = {name: decode_features(stored, name, self.feature_width) for name in captions}
         return sample
 
-    def _damage(self, stored: Mapping[str, Any], metadata: DatasetMetadata) -> str | None:
-        """What a sample has that none may have: nobody compares the shards of a local data set with their hashes, and
+    def _damage_of_tokens(self, stored: Mapping[str, Any], metadata: DatasetMetadata) -> str | None:
+        """What is wrong with a sample's tokens: nobody compares the shards of a local data set with their hashes, and
         of a wrong token a GPU says no more than that an assertion failed."""
         num_bytes = self.num_tokens * np.dtype(metadata.token_dtype).itemsize
         if len(stored["tokens"]) != num_bytes:
             return f"{len(stored['tokens'])} bytes of tokens, scales {list(metadata.scales)} take {num_bytes}"
         largest = decode_tokens(stored, metadata).max()
-        if largest >= metadata.vocab_size:
-            return f"token {largest}, the codebook has {metadata.vocab_size}"
-        return None if decode_captions(stored, metadata) else "no caption"
+        return f"token {largest}, the codebook has {metadata.vocab_size}" if largest >= metadata.vocab_size else None
 
     def _blank(self, index: int, metadata: DatasetMetadata) -> dict[str, Any]:
         """Stands for a sample of a skipped shard, so that batches keep their shape."""

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from star_dist.cli import check_is_no_folder
 from star_dist.errors import UserError
 from star_dist.inference.options import SamplingOptions
 
@@ -114,8 +115,7 @@ def picture_path(out: str) -> Path:
     path = Path(out)
     if path.suffix.lower() not in OUTPUT_SUFFIXES:
         raise UserError(f"--out {path} must end in .png or .jpg")
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder; name a file, in it or elsewhere")
+    check_is_no_folder(path)
     return path
 
 

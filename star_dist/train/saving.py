@@ -56,7 +56,9 @@ class CheckpointSaver:
     def start(self, step: int, *, wait: bool) -> bool:
         """Takes a copy of the state and writes it beside the training, or right now; False if it is known to fail."""
         self.settle()
-        if not self._all_succeeded(step, self._attempt(self._begin, step) if self._rank == 0 else None, written=False):
+        error = self._first_error(self._attempt(self._begin, step) if self._rank == 0 else None)
+        if error is not None:
+            self._report_failed(step, error)
             return False
         tensors, scalars = self._state.snapshot()
 
@@ -92,9 +94,13 @@ class CheckpointSaver:
         self._thread.join()
         self._thread = None
         step = self._step
-        if not self._all_succeeded(step, self._error):
-            return False
-        if not self._all_succeeded(step, self._attempt(self._complete, step) if self._rank == 0 else None):
+        error = self._first_error(self._error)
+        if error is None:
+            error = self._first_error(self._attempt(self._complete, step) if self._rank == 0 else None)
+        if error is not None:
+            if self._rank == 0:  # before it is reported: the report may lie on the disk that was full
+                self._attempt(self._folder.discard, step)
+            self._report_failed(step, error)
             return False
         if self._rank == 0:
             self._on_saved(step)
@@ -120,14 +126,14 @@ class CheckpointSaver:
     def _complete(self, step: int) -> None:
         self._folder.complete(step, self._control.size, self._inputs, self._skipped_data, self._config)
 
-    def _all_succeeded(self, step: int, error: str | None, *, written: bool = True) -> bool:
-        """Whether no rank has an error; the first one is reported, and what these ranks have written removed."""
-        errors = [(rank, found) for rank, found in enumerate(self._control.gather(error)) if found is not None]
-        if errors and self._rank == 0:
-            if written:
-                self._attempt(self._folder.discard, step)
-            self._on_failed(step, "; ".join(f"rank {rank}: {found}" for rank, found in errors[:1]))
-        return not errors
+    def _first_error(self, error: str | None) -> str | None:
+        """The error of the first rank that has one; None, on all, where none has."""
+        errors = enumerate(self._control.gather(error))
+        return next((f"rank {rank}: {found}" for rank, found in errors if found is not None), None)
+
+    def _report_failed(self, step: int, error: str) -> None:
+        if self._rank == 0:
+            self._on_failed(step, error)
 
     @staticmethod
     def _attempt(action: Callable[..., None], *arguments: object) -> str | None:

@@ -73,7 +73,7 @@ class RequestListener:
         for number in SIGNALS.values():
             signal.signal(number, note)
         if self._launcher is not None:
-            threading.Thread(target=self._end_a_start_with, args=(self._launcher,), daemon=True).start()
+            threading.Thread(target=self._end_a_start_without_launcher, daemon=True).start()
         try:
             yield
         finally:
@@ -81,14 +81,18 @@ class RequestListener:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _end_a_start_with(self, launcher: int) -> None:
+    @property
+    def _has_lost_its_launcher(self) -> bool:
+        return self._launcher is not None and os.getppid() != self._launcher
+
+    def _end_a_start_without_launcher(self) -> None:
         """Ends this process if its launcher dies before the first step is done.
 
         There is nothing to save yet, and ranks that have lost others would wait for them for half an hour, holding the
         locks of the run folder and of the cache.
         """
         while not self._first_step_done.wait(FILE_CHECK_S):
-            if os.getppid() != launcher:
+            if self._has_lost_its_launcher:
                 print("error: the launcher has died before the first step; start again", file=sys.stderr, flush=True)
                 os._exit(PREEMPTED_EXIT)
 
@@ -105,7 +109,7 @@ class RequestListener:
                     if path.exists():
                         path.unlink()
                         self._noted.add(name)
-        if self._launcher is not None and os.getppid() != self._launcher:
+        if self._has_lost_its_launcher:
             self._noted.add("death of the launcher")
             self._launcher = None
         noted = [float(request.name in self._noted) for request in REQUESTS]
